@@ -1,0 +1,53 @@
+"""smartattn: ``attn_implementation="smart"`` for Hugging Face Transformers.
+
+Importing the package registers the implementation:
+
+>>> import smartattn  # doctest: +SKIP
+>>> model = AutoModel.from_pretrained(name, attn_implementation="smart")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._version import __version__
+
+#: The lowest version of Transformers whose hooks smartattn is tested against.
+MINIMUM_TRANSFORMERS = "5.17.0"
+
+
+def _check_transformers() -> None:
+    from packaging.version import Version
+
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:
+        installed = None
+    if installed is None or Version(installed) < Version(MINIMUM_TRANSFORMERS):
+        found = "is not installed" if installed is None else f"{installed} is installed"
+        raise ImportError(
+            f"smartattn {__version__} needs transformers>={MINIMUM_TRANSFORMERS}, transformers "
+            f"{found}; run: pip install 'transformers>={MINIMUM_TRANSFORMERS}'"
+        )
+
+
+_check_transformers()
+
+from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
+from .control import trace, use  # noqa: E402
+from .integration import register  # noqa: E402
+from .record import Trace, TraceRow  # noqa: E402
+
+register()
+
+__all__ = [
+    "Decision",
+    "Trace",
+    "TraceRow",
+    "UnsupportedCallError",
+    "Verdict",
+    "__version__",
+    "register",
+    "trace",
+    "use",
+]

@@ -1,0 +1,20 @@
+"""The backends in the order in which ties and rules prefer them."""
+
+from __future__ import annotations
+
+from .base import Backend, Support
+from .eager import EagerBackend
+from .flash_attention_2 import FlashAttention2Backend
+from .sdpa import SdpaBackend
+from .sdpa_unpadded import SdpaUnpaddedBackend
+from .torch_varlen import TorchVarlenBackend
+
+BACKENDS: tuple[Backend, ...] = (
+    SdpaBackend(),
+    FlashAttention2Backend(),
+    TorchVarlenBackend(),
+    SdpaUnpaddedBackend(),
+    EagerBackend(),
+)
+
+__all__ = ["BACKENDS", "Backend", "Support"]

@@ -1,0 +1,131 @@
+"""The contract of a backend: what it declares, what it refuses, how it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..call import Call
+from ..plan import Plan
+
+HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
+
+#: Relative error that a backend may add to real tokens, per dtype: |out - reference| divided by
+#: the largest |reference|, the reference in float64 on the same (rounded) inputs.
+DEFAULT_TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a backend takes. None means: anything."""
+
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    #: Largest head_dim, and the number that head_dim must be a multiple of.
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    #: Value head_dim may differ from that of query and key.
+    mixed_head_dims: bool = False
+    #: Arguments that change the result and that the backend implements, see ``Call.features``.
+    features: frozenset[str] = frozenset()
+    backward: bool = True
+    #: Lowest CUDA compute capability.
+    min_capability: tuple[int, int] | None = None
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: DEFAULT_TOLERANCES)
+
+
+class Backend(ABC):
+    """One way to compute attention.
+
+    A backend never reads a value from the device in :meth:`run`; what it needs from the mask is in
+    the plan.
+    """
+
+    name: ClassVar[str]
+    support: ClassVar[Support]
+    #: Considered only when every other backend refuses.
+    last_resort: ClassVar[bool] = False
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run in this process at all, or None if it can."""
+        return None
+
+    def refusals(self, plan: Plan, call: Call) -> list[str]:
+        """All reasons why this call cannot be run exactly; empty if it can."""
+        reason = self.unavailable()
+        reasons = [reason] if reason else []
+        return reasons + declared_refusals(self.support, call) + self.further_refusals(plan, call)
+
+    def further_refusals(self, plan: Plan, call: Call) -> list[str]:
+        """Reasons beyond what :class:`Support` can say."""
+        return []
+
+    def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
+        """This call would need a (q_len, kv_len) mask in memory."""
+        return False
+
+    @abstractmethod
+    def run(
+        self,
+        plan: Plan,
+        call: Call,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Attention of (batch, heads, q_len, head_dim) queries.
+
+        Args:
+            arguments: the layer's further arguments, and the layer itself under ``module``.
+
+        Returns:
+            (batch, q_len, heads, value_head_dim); finite at padding positions.
+        """
+
+
+def declared_refusals(support: Support, call: Call) -> list[str]:
+    """What the declarations of a backend say against a call."""
+    reasons = []
+    kind = call.device.type
+    if support.devices is not None and kind not in support.devices:
+        reasons.append(f"runs on {_names(support.devices)}, given {kind}")
+    if support.dtypes is not None and call.dtype not in support.dtypes:
+        names = {str(dtype).removeprefix("torch.") for dtype in support.dtypes}
+        reasons.append(f"takes {_names(names)}, given {str(call.dtype).removeprefix('torch.')}")
+    if support.max_head_dim is not None and call.head_dim > support.max_head_dim:
+        reasons.append(f"takes head_dim up to {support.max_head_dim}, given {call.head_dim}")
+    if call.head_dim % support.head_dim_multiple:
+        reasons.append(
+            f"takes head_dim in multiples of {support.head_dim_multiple}, given {call.head_dim}"
+        )
+    if call.value_head_dim != call.head_dim and not support.mixed_head_dims:
+        reasons.append(
+            f"needs one head_dim, given {call.head_dim} for query and {call.value_head_dim} for value"
+        )
+    for feature in sorted(call.features - support.features):
+        reasons.append(f"does not implement {feature}")
+    if call.grad and not support.backward:
+        reasons.append("has no backward, and a gradient is needed")
+    if support.min_capability is not None and kind == "cuda":
+        given = torch.cuda.get_device_capability(call.device)
+        if given < support.min_capability:
+            reasons.append(
+                "needs compute capability {}.{}, the device has {}.{}".format(
+                    *support.min_capability, *given
+                )
+            )
+    return reasons
+
+
+def _names(items: frozenset[str] | set[str]) -> str:
+    return " or ".join(sorted(items))

@@ -1,0 +1,134 @@
+"""torch's ``scaled_dot_product_attention`` with the semantics of Transformers' own ``sdpa``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..call import Call
+from ..plan import Padding, Plan
+from .base import Backend, Support
+
+
+class SdpaBackend(Backend):
+    """Takes every mask, dtype and device; what everything else falls back to.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+
+    name = "sdpa"
+    support = Support(
+        mixed_head_dims=True,
+        features=frozenset({"dropout", "position_bias", "mixed dtypes"}),
+    )
+
+    def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
+        return not needs_no_mask(plan, call)
+
+    def run(
+        self,
+        plan: Plan,
+        call: Call,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        mask = None
+        causal = False
+        if needs_no_mask(plan, call):
+            causal = plan.is_causal and call.q_len > 1
+            if plan.visible < call.kv_len:
+                # The empty part of a static cache.
+                key, value = key[:, :, : plan.visible], value[:, :, : plan.visible]
+        else:
+            mask = plan.dense_mask()
+        position_bias = arguments.get("position_bias")
+        if position_bias is not None:
+            if mask is None and causal:
+                mask, causal = plan.dense_mask(), False
+                position_bias = position_bias[..., : key.shape[2]]
+                mask = None if mask is None else mask[..., : key.shape[2]]
+            mask = _biased(position_bias, mask, query.dtype)
+        return attend(query, key, value, mask, causal, call).transpose(1, 2).contiguous()
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    call: Call,
+) -> torch.Tensor:
+    """One call of ``scaled_dot_product_attention`` with grouped heads where a kernel takes them.
+
+    Shapes are those of :class:`~smartattn.call.Call`; returns (batch, heads, q_len, value_head_dim).
+    """
+    grouped = False
+    if call.group_size > 1:
+        # Outside of these conditions torch falls to its math kernel, which holds all the scores.
+        grouped = mask is None and call.head_dim == call.value_head_dim <= 256
+        if not grouped and call.q_len == 1 and (mask is None or mask.shape[1] == 1):
+            # One query: its heads of a group become the queries of one key/value head.
+            folded = query.reshape(call.batch, call.kv_heads, call.group_size, call.head_dim)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                folded, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
+            )
+            return attended.reshape(call.batch, call.heads, 1, call.value_head_dim)
+        if not grouped:
+            key, value = _repeated(key, call.group_size), _repeated(value, call.group_size)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        scale=call.scaling,
+        is_causal=causal,
+        enable_gqa=grouped,
+    )
+
+
+def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
+    batch, heads, length, dim = states.shape
+    states = states[:, :, None].expand(batch, heads, times, length, dim)
+    return states.reshape(batch, heads * times, length, dim)
+
+
+def needs_no_mask(plan: Plan, call: Call) -> bool:
+    """Whether attention without a mask is exact for all real tokens of the plan."""
+    if plan.sequences is None:
+        return plan.dense_mask() is None
+    if plan.is_packed or plan.window_matters or not _same_shape(plan, call):
+        return False
+    if not plan.is_padded:
+        # torch aligns its causal mask at the upper left; one query is the last of its sequence.
+        return not plan.is_causal or call.q_len == 1 or plan.is_aligned
+    # Real tokens never see what comes after them.
+    return (
+        plan.is_causal
+        and plan.padding is Padding.RIGHT
+        and plan.is_aligned
+        and call.q_len > 1
+        and not call.keep_padding_output
+    )
+
+
+def _same_shape(plan: Plan, call: Call) -> bool:
+    return plan.q_len == call.q_len and plan.kv_len == call.kv_len
+
+
+def _biased(
+    position_bias: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The mask with a learned bias of (1 or batch, heads, q_len, kv_len) in it."""
+    if mask is None:
+        biased = position_bias
+    elif mask.dtype == torch.bool:
+        biased = torch.where(mask, position_bias, torch.finfo(dtype).min)
+    else:
+        biased = position_bias + mask
+    return biased.to(dtype).contiguous()

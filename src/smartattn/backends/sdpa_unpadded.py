@@ -1,0 +1,82 @@
+"""Every sequence's real tokens through SDPA on their own; sequences of equal length together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..call import Call
+from ..packing import packs_queries, varlen_refusals
+from ..plan import Plan, local_mask
+from .base import Backend, Support
+from .sdpa import attend
+
+
+class SdpaUnpaddedBackend(Backend):
+    """For devices without a variable-length kernel, where padding costs more than more calls."""
+
+    name = "sdpa_unpadded"
+    support = Support(mixed_head_dims=True, features=frozenset({"dropout"}))
+
+    def further_refusals(self, plan: Plan, call: Call) -> list[str]:
+        reasons = varlen_refusals(plan, call)
+        if plan.sequences is not None and not plan.sequences.contiguous:
+            reasons.append("real tokens must be contiguous, and the mask has holes")
+        if not plan.is_padded and not plan.is_packed:
+            reasons.append("no padding to remove")
+        return reasons
+
+    def run(
+        self,
+        plan: Plan,
+        call: Call,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        output = query.new_zeros(call.batch, call.q_len, call.heads, call.value_head_dim)
+        for rows, queries, keys in _groups(plan, packs_queries(plan, call)):
+            q_len, kv_len = queries.stop - queries.start, keys.stop - keys.start
+            causal = plan.is_causal and q_len > 1
+            mask = None
+            shift = kv_len - q_len if plan.is_causal else 0
+            if plan.window is not None or (causal and q_len != kv_len):
+                mask = local_mask(q_len, kv_len, shift, causal, plan.window, query.device)
+                causal = False
+            attended = attend(
+                query[rows, :, queries],
+                key[rows, :, keys],
+                value[rows, :, keys],
+                mask,
+                causal,
+                call,
+            )
+            output[rows, queries] = attended.transpose(1, 2)
+        return output
+
+
+def _groups(plan: Plan, pack_queries: bool) -> list[tuple[Any, slice, slice]]:
+    """(rows, query slice, key slice) of sequences that lie alike; rows is a slice or a list."""
+    sequences = plan.sequences
+    assert sequences is not None
+    q_start, q_length = sequences.q_start, sequences.q_length
+    if not pack_queries:
+        q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    columns = zip(
+        sequences.row, q_start, q_length, sequences.k_start, sequences.k_length, strict=True
+    )
+    for row, *span in columns:
+        key = tuple(int(value) for value in span)
+        if key[1] and key[3]:
+            alike.setdefault(key, []).append(int(row))
+    groups = []
+    for (q0, nq, k0, nk), rows in alike.items():
+        consecutive = rows[-1] - rows[0] + 1 == len(rows)
+        chosen = slice(rows[0], rows[-1] + 1) if consecutive else rows
+        groups.append((chosen, slice(q0, q0 + nq), slice(k0, k0 + nk)))
+    return groups

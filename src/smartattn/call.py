@@ -1,0 +1,46 @@
+"""What one attention layer asks for: the facts of a call that decide which backend may take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The request of one layer, without its tensors.
+
+    Lengths are in tokens. ``query`` is (batch, heads, q_len, head_dim), ``key`` and ``value`` are
+    (batch, kv_heads, kv_len, head_dim) and (batch, kv_heads, kv_len, value_head_dim), the shapes
+    that Transformers hands to an attention function.
+
+    ``self_attention`` is True only where query and key are known to come from the same tokens, so
+    that a padded key is a padded query too. ``features`` names the arguments that change the result
+    and that a backend therefore has to implement: ``softcap``, ``dropout``, ``position_bias``, ...
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    q_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    scaling: float | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+    grad: bool = False
+    deterministic: bool = False
+    self_attention: bool = False
+    keep_padding_output: bool = False
+    #: The layer's own module has an eager attention function.
+    has_eager: bool = False
+    features: frozenset[str] = frozenset()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head (1 for multi-head attention)."""
+        return self.heads // self.kv_heads

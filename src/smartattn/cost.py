@@ -1,0 +1,236 @@
+"""The cost model: from (plan, call) to a regime and features, and from those to microseconds.
+
+A regime is what a kernel branches on, and each regime of each backend has a model of its own; the
+features are amounts of work, and a model is linear in them with coefficients that are not negative.
+Both are functions of the plan and the call alone, so fitting and predicting share this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field, StringConstraints, model_validator
+
+from .backends.sdpa import needs_no_mask
+from .call import Call
+from .machine import Record
+from .packing import packs_queries
+from .plan import Plan
+
+Mode = Literal["forward", "train", "decode"]
+Layout = Literal["plain", "right", "padded", "masked", "packed"]
+BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
+
+#: The features in their order, each with its unit. "Dense" counts what the padded tensors hold,
+#: "real" what the mask leaves of it.
+FEATURES: dict[str, str] = {
+    "call": "1 per call",
+    "groups": "kernel launches if each group of sequences that lie alike gets its own",
+    "sequences": "10^3 sequences x heads",
+    "dense_pairs": "10^6 (query, key) pairs x heads, masked ones included",
+    "real_pairs": "10^6 (query, key) pairs x heads, attended ones only",
+    "mask_pairs": "10^6 elements of a (batch, 1, q_len, kv_len) mask",
+    "dense_queries": "10^3 query tokens x heads, padding included",
+    "real_queries": "10^3 query tokens x heads, real ones only",
+    "dense_keys": "10^3 key tokens x kv_heads, padding included",
+    "real_keys": "10^3 key tokens x kv_heads, real ones only",
+    "repeated_keys": "10^3 key tokens x heads that grouped heads add if repeated",
+    "longest": "10^3 keys of the longest sequence: what one thread block walks",
+    "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
+}
+
+#: A model is used up to this multiple of the longest key length it was fitted on.
+MAX_EXTRAPOLATION = 64
+
+Coefficient = Annotated[float, Field(ge=0.0, le=1e12)]
+
+
+class Regime(NamedTuple):
+    """What a kernel branches on."""
+
+    #: "train" is forward and backward, "decode" a forward of one query per sequence.
+    mode: Mode
+    #: "plain": no padding; "right": padding that a causal kernel need not know of; "padded": other
+    #: padding; "masked": no padding, but SDPA needs a mask (windows, chunks); "packed": several
+    #: sequences in a row.
+    layout: Layout
+    causal: bool
+    #: Name of the dtype, e.g. "bfloat16".
+    dtype: str
+    #: Larger one of the head dims of query and value.
+    head_dim: int
+
+
+class Cost(Record):
+    """The model of one backend in one regime: features times coefficients is time.
+
+    Coefficients are microseconds per unit of :data:`FEATURES`. ``host_us`` is the time until the
+    call returns, ``device_us`` the time until the device is done; on a CPU both are the same thing
+    and ``host_us`` is empty. ``head_dim`` is the one that was measured.
+    """
+
+    backend: BackendName
+    mode: Mode
+    layout: Layout
+    causal: bool
+    dtype: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}$")]
+    head_dim: Annotated[int, Field(ge=1, le=65536)]
+    host_us: dict[str, Coefficient] = Field(max_length=len(FEATURES))
+    device_us: dict[str, Coefficient] = Field(max_length=len(FEATURES))
+    #: Longest key length in tokens, and number of samples, that the model was fitted on.
+    longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
+    samples: Annotated[int, Field(ge=1, le=10**9)]
+    #: Median of |predicted - measured| / measured over those samples.
+    median_error: Annotated[float, Field(ge=0.0, le=1e6)]
+
+    @model_validator(mode="after")
+    def _known_features(self) -> Cost:
+        unknown = sorted((self.host_us.keys() | self.device_us.keys()) - FEATURES.keys())
+        if unknown:
+            raise ValueError(f"unknown feature {unknown[0]!r}")
+        if not self.device_us:
+            raise ValueError("no coefficient in device_us")
+        return self
+
+    @property
+    def regime(self) -> Regime:
+        """The regime that the model was fitted on."""
+        return Regime(self.mode, self.layout, self.causal, self.dtype, self.head_dim)
+
+
+class Predictor:
+    """Cost models, indexed for prediction."""
+
+    def __init__(self, costs: list[Cost] | tuple[Cost, ...]) -> None:
+        order = {name: place for place, name in enumerate(FEATURES)}
+        self._models: dict[Any, list[tuple[int, Any, Any, int]]] = {}
+        for cost in costs:
+            host, device = (
+                tuple((order[name], value) for name, value in part.items() if value)
+                for part in (cost.host_us, cost.device_us)
+            )
+            key = (cost.backend, *cost.regime[:4])
+            entry = (cost.head_dim, host, device, cost.longest_kv_len * MAX_EXTRAPOLATION)
+            self._models.setdefault(key, []).append(entry)
+        for entries in self._models.values():
+            entries.sort(key=lambda entry: entry[0])
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
+        """Microseconds of a call, None where no model covers it; see :meth:`Profile.predict`."""
+        regime = regime_of(plan, call)
+        if regime is None:
+            return None
+        entries = self._models.get((backend, *regime[:4]))
+        if entries is None and regime.dtype in _TWIN_DTYPES and call.device.type == "cuda":
+            twin = _TWIN_DTYPES[regime.dtype]
+            entries = self._models.get((backend, *regime[:3], twin))
+        if entries is None:
+            return None
+        for head_dim, host, device, limit in entries:
+            # The smallest measured head_dim that holds this one: kernels pad to the next size.
+            if head_dim >= regime.head_dim:
+                if call.kv_len > limit:
+                    return None
+                amounts = features(plan, call)
+                return max(_weighted(host, amounts), _weighted(device, amounts))
+        return None
+
+
+#: GPUs run both at the same speed.
+_TWIN_DTYPES = {"float16": "bfloat16", "bfloat16": "float16"}
+
+
+def _weighted(coefficients: Any, amounts: tuple[float, ...]) -> float:
+    total = 0.0
+    for place, coefficient in coefficients:
+        total += coefficient * amounts[place]
+    return total
+
+
+def regime_of(plan: Plan, call: Call) -> Regime | None:
+    """The regime of a call; None if the plan knows the mask only as a dense tensor."""
+    if plan.sequences is None:
+        return None
+    mode: Mode = "train" if call.grad else "decode" if call.q_len == 1 else "forward"
+    return Regime(
+        mode,
+        _layout(plan, call),
+        plan.is_causal and call.q_len > 1,
+        _dtype_name(call.dtype),
+        max(call.head_dim, call.value_head_dim),
+    )
+
+
+def _layout(plan: Plan, call: Call) -> Layout:
+    if plan.is_packed:
+        return "packed"
+    if needs_no_mask(plan, call):
+        return "right" if plan.is_padded else "plain"
+    return "padded" if plan.is_padded else "masked"
+
+
+_DTYPE_NAMES: dict[torch.dtype, str] = {}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        name = _DTYPE_NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return name
+
+
+def features(plan: Plan, call: Call) -> tuple[float, ...]:
+    """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
+    pack_queries = packs_queries(plan, call)
+    sequences, groups, longest, real_q, real_k = _facts(plan)
+    pairs = plan.attended_pairs(pack_queries) * 1e-6
+    dense = plan.batch * call.q_len * plan.visible * 1e-6
+    heads, kv_heads = call.heads, call.kv_heads
+    queries = call.batch * call.q_len * 1e-3
+    keys = call.batch * plan.visible * 1e-3
+    return (
+        1.0,
+        groups,
+        sequences * heads * 1e-3,
+        dense * heads,
+        pairs * heads,
+        dense,
+        queries * heads,
+        real_q * heads * 1e-3 if pack_queries else queries * heads,
+        keys * kv_heads,
+        real_k * kv_heads * 1e-3,
+        keys * (heads - kv_heads),
+        longest * 1e-3,
+        plan.visible * 1e-3,
+    )
+
+
+#: Facts are asked for once per backend and layer signature; entries go with their plan.
+_FACTS: WeakKeyDictionary[Plan, tuple[int, int, int, int, int]] = WeakKeyDictionary()
+
+
+def _facts(plan: Plan) -> tuple[int, int, int, int, int]:
+    facts = _FACTS.get(plan)
+    if facts is None:
+        sequences = plan.sequences
+        assert sequences is not None
+        spans = zip(
+            sequences.q_start.tolist(),
+            sequences.q_length.tolist(),
+            sequences.k_start.tolist(),
+            sequences.k_length.tolist(),
+            strict=True,
+        )
+        facts = _FACTS[plan] = (
+            len(sequences),
+            len(set(spans)),
+            int(sequences.k_length.max(initial=0)),
+            plan.real_q,
+            plan.real_k,
+        )
+    return facts

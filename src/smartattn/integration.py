@@ -1,0 +1,622 @@
+"""The two functions that Transformers calls, and nothing else that knows Transformers.
+
+Once per forward and mask type Transformers calls :func:`smart_mask`, which measures the padding of
+the batch and returns it as a plan that travels in the mask's place; once per layer it calls
+:func:`smart_attention`, which sends the call to a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import masking_utils as masks
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.import_utils import is_tracing
+
+from .backends import BACKENDS
+from .call import Call
+from .choose import Decision, choose
+from .control import SETTINGS, Settings
+from .mask import PlanMask
+from .plan import BoolArray, Pattern, Plan
+from .profile import profile_for
+
+logger = logging.getLogger("smartattn")
+
+#: The name under which both functions are registered.
+NAME = "smart"
+
+
+def register() -> None:
+    """Makes ``attn_implementation="smart"`` known to Transformers; importing smartattn does it."""
+    AttentionInterface.register(NAME, smart_attention)
+    AttentionMaskInterface.register(NAME, smart_mask)
+
+
+# -- once per forward and mask type ----------------------------------------------------------------
+
+
+def smart_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masks.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask function of ``"smart"``: measures the batch, with at most one copy to the host.
+
+    Arguments are those of ``transformers.masking_utils.sdpa_mask``.
+
+    Returns:
+        A :class:`~smartattn.mask.PlanMask`. Where values cannot be read (tracing, compiling) or a
+        compiled step may follow (static caches), what ``sdpa`` would get; for models that never
+        call the attention function, what eager attention would get.
+    """
+    arguments: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    if config is not None and not _calls_attention_function(type(config)):
+        mask: torch.Tensor | None = masks.eager_mask(
+            **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
+        return mask
+    if _cannot_be_read(attention_mask, q_offset, device):
+        mask = masks.sdpa_mask(
+            **arguments,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        )
+        return mask
+    assert isinstance(q_offset, int)
+    # The lengths are tensors under some tracers only; everything from here on counts with them.
+    known = _recognise(mask_function, kv_length + kv_offset)
+    real = real_on_device = packed = None
+    if known.pattern is not Pattern.OTHER and attention_mask is not None:
+        padded = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        real_on_device = padded[:, kv_offset : kv_offset + kv_length]
+        real = _to_host(real_on_device)
+    if known.packed_ids is not None:
+        packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)
+    plan = Plan(
+        batch_size,
+        q_length,
+        kv_length,
+        known.pattern,
+        torch.device(device),
+        shift=q_offset - kv_offset,
+        window=known.window,
+        real=real,
+        real_on_device=real_on_device,
+        packed=packed,
+        dense=functools.partial(
+            masks.sdpa_mask,
+            **arguments,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+        ),
+    )
+    plan.may_hide_packing = (
+        attention_mask is None
+        and packed is None
+        and plan.is_causal
+        and batch_size == 1
+        and plan.is_aligned
+        and q_length == kv_length > 1
+    )
+    return PlanMask(plan, dtype)
+
+
+def _cannot_be_read(
+    attention_mask: torch.Tensor | None, q_offset: int | torch.Tensor, device: torch.device | str
+) -> bool:
+    """Whether the batch cannot be measured here, or its plan could not be used."""
+    if isinstance(q_offset, torch.Tensor):
+        # A static cache: generate makes these masks outside of the decode step that it compiles.
+        return True
+    if attention_mask is not None and attention_mask.ndim != 2:
+        return True
+    return is_tracing(attention_mask) or torch.device(device).type == "meta"
+
+
+def _to_host(flags: torch.Tensor) -> BoolArray:
+    array: BoolArray = flags.cpu().numpy()
+    return array
+
+
+@functools.cache
+def _calls_attention_function(config_class: type) -> bool:
+    """Whether the models of a configuration go through the attention registry.
+
+    Some architectures compute eager attention themselves and add the mask they are given; they
+    need the additive mask. False only where the modeling code is known not to name the registry.
+    """
+    if config_class.__module__.split(".")[0] != "transformers":
+        return True
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(name)
+    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    pattern: Pattern
+    window: int | None = None
+    packed_ids: torch.Tensor | None = None
+
+
+_UNKNOWN = _Known(Pattern.OTHER)
+
+
+def _code_of(make: Callable[..., Any], *arguments: Any) -> Any:
+    return make(*arguments).__code__
+
+
+_CAUSAL = masks.causal_mask_function
+_BIDIRECTIONAL = masks.bidirectional_mask_function
+_AND = _code_of(masks.and_masks, _CAUSAL)
+_WINDOW = _code_of(masks.sliding_window_overlay, 1)
+_SYMMETRIC_WINDOW = _code_of(masks.sliding_window_bidirectional_overlay, 1)
+_CHUNKED = _code_of(masks.chunked_overlay, 1, None)
+_PACKED = _code_of(masks.packed_sequence_mask_function, None)
+# Newer versions of Transformers count positions anew in each packed sequence.
+_REMAPPED = (
+    _code_of(masks.remap_positions_for_packed_sequence, _CAUSAL, None)
+    if hasattr(masks, "remap_positions_for_packed_sequence")
+    else None
+)
+
+
+def _recognise(mask_function: Callable[..., Any], last_position: int) -> _Known:
+    """The pattern of a mask function, by the identity of the functions it is made of.
+
+    A conjunction is taken apart; one part that is not positively known makes the whole unknown.
+    """
+    base: Pattern | None = None
+    window: int | None = None
+    packed_ids: torch.Tensor | None = None
+    symmetric = False
+    parts = [mask_function]
+    while parts:
+        part = parts.pop()
+        code = getattr(part, "__code__", None)
+        if part is _CAUSAL:
+            base = Pattern.CAUSAL
+        elif part is _BIDIRECTIONAL:
+            base = Pattern.BIDIRECTIONAL if base is None else base
+        elif code is None:
+            return _UNKNOWN
+        elif code is _AND:
+            parts.extend(_closure(part)["mask_functions"])
+        elif code in (_WINDOW, _SYMMETRIC_WINDOW) and window is None:
+            window = _closure(part)["sliding_window"]
+            symmetric = code is _SYMMETRIC_WINDOW
+        elif code is _CHUNKED and last_position <= _closure(part)["chunk_size"]:
+            continue  # Everything lies in the first chunk.
+        elif code is _PACKED and packed_ids is None:
+            packed_ids = _closure(part)["packed_sequence_mask"]
+        elif code is _REMAPPED:
+            parts.append(_closure(part)["mask_function"])
+        else:
+            return _UNKNOWN
+    if base is None or not (window is None or (isinstance(window, int) and window > 0)):
+        return _UNKNOWN
+    if window is not None and symmetric is (base is Pattern.CAUSAL):
+        return _UNKNOWN
+    return _Known(base, window, packed_ids)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    cells = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+# -- once per layer --------------------------------------------------------------------------------
+
+#: Arguments that do not change what attention computes, or that the mask already says.
+NEUTRAL_ARGUMENTS = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "head_mask",
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "sliding_window",
+        "token_type_ids",
+    }
+)
+
+#: Parameters of an attention layer's forward under which query and key come from the same tokens.
+_SELF_ATTENTION_PARAMETERS = frozenset(
+    {
+        "self",
+        "attention_mask",
+        "cache_position",
+        "head_mask",
+        "hidden_states",
+        "kwargs",
+        "layer_past",
+        "output_attentions",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    decision: Decision
+    call: Call
+    eager: Callable[..., Any] | None
+
+
+def smart_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of ``"smart"``.
+
+    Args:
+        query: (batch, heads, q_len, head_dim).
+        key, value: (batch, kv_heads, kv_len, head_dim or value_head_dim).
+        attention_mask: what :func:`smart_mask` returned, a caller's own mask, or None.
+        is_causal: what a None mask means; by default the layer's own ``is_causal``.
+
+    Returns:
+        (batch, q_len, heads, value_head_dim) and None: attention weights are never computed.
+
+    Raises:
+        smartattn.UnsupportedCallError: no backend implements an argument that changes the result.
+    """
+    if torch.compiler.is_compiling():
+        return _compiled_attention(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
+        )
+    if kwargs.get("output_attentions") or kwargs.get("cache") is not None:
+        # Transformers' own warning, and its own handling of paged caches.
+        output, weights = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            _as_sdpa_mask(attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return output, weights
+    plan = _plan_of(module, query, key, attention_mask, is_causal)
+    if plan.may_hide_packing or kwargs.get("cu_seq_lens_q") is not None:
+        plan = _unhidden(plan, query, kwargs)
+    settings = SETTINGS.get()
+    features = [
+        name
+        for name, value_ in kwargs.items()
+        if value_ is not None and name not in NEUTRAL_ARGUMENTS and _changes_result(name, value_)
+    ]
+    signature = (
+        module.__class__,
+        query.shape,
+        key.shape,
+        value.shape[-1],
+        query.dtype,
+        key.dtype,
+        dropout,
+        scaling,
+        *features,
+        kwargs.get("softcap"),
+        torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad),
+        torch.are_deterministic_algorithms_enabled(),
+        settings,
+    )
+    choice = plan.decisions.get(signature)
+    if choice is None:
+        choice = plan.decisions[signature] = _choose(
+            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+        )
+    kwargs["module"] = module
+    if choice.eager is not None:
+        kwargs["eager"] = choice.eager
+    if settings.trace is not None:
+        settings.trace.record(plan, choice.call, choice.decision)
+    backend = choice.decision.backend
+    return backend.run(plan, choice.call, query, key, value, kwargs), None
+
+
+def _plan_of(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
+) -> Plan:
+    """The plan that a mask carries, or one for a mask that carries none."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None:
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", False))
+        causal = bool(is_causal) and q_len > 1
+        return _unmasked_plan(query.shape[0], q_len, kv_len, causal, query.device)
+    if isinstance(mask, PlanMask):
+        plan = mask.plan
+        if plan is not None:
+            if plan.device != query.device:
+                plan = plan.on(query.device)
+            if plan.q_len == q_len and plan.kv_len == key.shape[2]:
+                return plan
+            mask = plan.dense_mask()
+            if mask is None:
+                return _unmasked_plan(query.shape[0], q_len, kv_len, False, query.device)
+        else:
+            mask = mask.dense()
+    if mask.device != query.device:
+        mask = mask.to(query.device)
+    plan = Plan(query.shape[0], q_len, kv_len, Pattern.OTHER, query.device, given=mask)
+    # Nothing is known of such a mask, so that calls of one shape share their choice.
+    shared = _unmasked_plan(query.shape[0], q_len, kv_len, None, query.device)
+    plan.decisions = shared.decisions
+    return plan
+
+
+@functools.lru_cache(maxsize=256)
+def _unmasked_plan(
+    batch: int, q_len: int, kv_len: int, causal: bool | None, device: torch.device
+) -> Plan:
+    """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward."""
+    if causal is None:
+        return Plan(batch, q_len, kv_len, Pattern.OTHER, device)
+    # A None mask with more keys than queries is the first step of an empty static cache.
+    pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
+    return Plan(batch, q_len, kv_len, pattern, device)
+
+
+def _unhidden(plan: Plan, query: torch.Tensor, kwargs: Mapping[str, Any]) -> Plan:
+    """The plan of a packed batch whose sequences only the layer's arguments show."""
+    source = kwargs.get("cu_seq_lens_q")
+    if source is None:
+        source = kwargs.get("position_ids")
+        if source is None or not plan.may_hide_packing or source.shape != (1, plan.q_len):
+            return plan
+    elif plan.is_packed or plan.sequences is None:
+        return plan
+    known = plan.packings.get(id(source))
+    # The entry holds its tensor, so the id cannot be another tensor's by now.
+    if known is None:
+        known = plan.packings[id(source)] = (source, _packed_plan(plan, source, kwargs))
+    return known[1]
+
+
+def _packed_plan(plan: Plan, source: torch.Tensor, kwargs: Mapping[str, Any]) -> Plan:
+    total = plan.batch * plan.q_len
+    if kwargs.get("cu_seq_lens_q") is source:
+        bounds = source.cpu()
+        if plan.q_len != plan.kv_len or plan.is_padded:
+            raise ValueError(
+                "cu_seq_lens_q describes a batch without padding and without earlier tokens, "
+                f"given {plan.q_len} queries, {plan.kv_len} keys and {plan.padding.value} padding"
+            )
+        of_keys = kwargs.get("cu_seq_lens_k")
+        if of_keys is not None and of_keys is not source and not torch.equal(bounds, of_keys.cpu()):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k of self-attention must be equal")
+        if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != total:
+            raise ValueError(
+                f"cu_seq_lens_q must run from 0 to the {total} tokens of the batch, "
+                f"given {bounds.tolist()[:8]}"
+            )
+        starts = torch.zeros(total, dtype=torch.bool)
+        starts[bounds[:-1].long()] = True
+    else:
+        positions = source[0].cpu()
+        starts = positions.diff(prepend=positions[:1] - 1) != 1
+        if not bool(starts.any()) or bool((positions[starts] != positions[0]).any()):
+            plan.may_hide_packing = False
+            return plan
+    return Plan(
+        plan.batch,
+        plan.q_len,
+        plan.kv_len,
+        plan.pattern,
+        plan.device,
+        window=plan.window,
+        packed=starts.view(plan.batch, plan.q_len).numpy(),
+    )
+
+
+def _changes_result(name: str, value: Any) -> bool:
+    """Whether an argument that is not known to be neutral may change what attention computes."""
+    if name == "softcap":
+        return True
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return any(isinstance(item, torch.Tensor) for item in value)
+
+
+def _choose(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    dropout: float,
+    scaling: float | None,
+    features: list[str],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+) -> _Choice:
+    wanted = set(features)
+    if dropout:
+        wanted.add("dropout")
+    if not query.dtype == key.dtype == value.dtype:
+        wanted.add("mixed dtypes")
+    eager = _eager_function(module)
+    call = Call(
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[3],
+        value_head_dim=value.shape[3],
+        scaling=scaling,
+        dropout=dropout,
+        softcap=kwargs.get("softcap"),
+        grad=torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad),
+        deterministic=torch.are_deterministic_algorithms_enabled()
+        or bool(kwargs.get("deterministic")),
+        self_attention=_is_self_attention(type(module))
+        and kwargs.get("encoder_hidden_states") is None,
+        keep_padding_output=settings.pad_output == "sdpa",
+        has_eager=eager is not None,
+        features=frozenset(wanted),
+    )
+    decision = choose(plan, call, profile_for(query.device), BACKENDS, settings.backends)
+    _log(plan, call, decision)
+    return _Choice(decision, call, eager if decision.backend.name == "eager" else None)
+
+
+def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
+    source = sys.modules.get(type(module).__module__)
+    function: Callable[..., Any] | None = getattr(source, "eager_attention_forward", None)
+    return function
+
+
+@functools.cache
+def _is_self_attention(module_class: type) -> bool:
+    """Whether a layer can only attend from its own hidden states.
+
+    Cross-attention is handed a mask that speaks of its keys alone, and nothing in the call says so
+    when both sides happen to be of one length. A layer whose forward takes a single source of
+    states cannot be one.
+    """
+    try:
+        parameters = inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return False
+    return "hidden_states" in parameters and parameters.keys() <= _SELF_ATTENTION_PARAMETERS
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    logger.info(line)
+
+
+def _log(plan: Plan, call: Call, decision: Decision) -> None:
+    if logger.isEnabledFor(logging.INFO):
+        _log_once(
+            f"{decision.backend.name} for {plan.pattern.value} attention, {plan.padding.value} "
+            f"padding, {call.heads}/{call.kv_heads} heads of {call.head_dim}, "
+            f"{str(call.dtype).removeprefix('torch.')}: {decision.reason}"
+        )
+
+
+def _as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    if not isinstance(mask, PlanMask):
+        return mask
+    plan = mask.plan
+    return mask.dense() if plan is None else plan.dense_mask()
+
+
+def _compiled_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
+    beyond_sdpa = False
+    for name, value_ in kwargs.items():
+        if value_ is not None and name not in NEUTRAL_ARGUMENTS and name != "position_bias":
+            beyond_sdpa = beyond_sdpa or _changes_result(name, value_)
+    if not beyond_sdpa:
+        output, weights = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return output, weights
+    eager = _eager_function(module)
+    if eager is None:
+        raise NotImplementedError(
+            f"{sorted(kwargs)}: sdpa does not implement one of these arguments; "
+            "load the model with attn_implementation='eager' instead."
+        )
+    if mask is None and query.shape[2] > 1 and (is_causal or getattr(module, "is_causal", False)):
+        q_len, kv_len = query.shape[2], key.shape[2]
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
+    output, weights = eager(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output, weights

@@ -1,0 +1,157 @@
+"""What identifies this device and these versions. Safe to import and to call everywhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from ._version import __version__
+
+#: One printable line, so that what a file holds can be logged.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=300)]
+
+
+class Record(BaseModel):
+    """A part of a profile: immutable, nothing coerced, no field that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Device(Record):
+    """A device model. Timings are comparable between two devices that are equal in all fields."""
+
+    kind: Literal["cuda", "cpu"]
+    #: Marketing name, e.g. "NVIDIA H200" or "AMD EPYC 7763 64-Core Processor".
+    name: Line
+    #: CUDA compute capability, e.g. "9.0".
+    capability: Line | None = None
+    #: Threads that torch uses within an operation, for CPUs.
+    threads: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.threads is None else f"{self.name}, {self.threads} threads"
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name: lower case letters, digits and dashes."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:80] or "unknown"
+        return words if self.kind == "cuda" else f"cpu-{words}-{self.threads}-threads"
+
+
+class Versions(Record):
+    """What a timing depends on besides the device; None where something is absent or unknown."""
+
+    smartattn: Line | None = None
+    torch: Line | None = None
+    transformers: Line | None = None
+    flash_attn: Line | None = None
+    cuda: Line | None = None
+    cudnn: Line | None = None
+    driver: Line | None = None
+
+    def differences(self, running: Versions) -> list[str]:
+        """What differs in ``running``, as short phrases such as "torch 2.11 then, 2.13 now".
+
+        smartattn's own version is left out: a release does not change a kernel.
+        """
+        return [
+            f"{field.replace('_', '-')} {then or 'absent'} then, {now or 'absent'} now"
+            for field in type(self).model_fields
+            if field != "smartattn"
+            and (then := getattr(self, field)) != (now := getattr(running, field))
+        ]
+
+
+def identify(device: torch.device) -> Device | None:
+    """The model of a device; None for kinds that no profile covers or that cannot be asked."""
+    try:
+        if device.type == "cpu":
+            return Device(kind="cpu", name=_printable(cpu_name()), threads=torch.get_num_threads())
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            return Device(
+                kind="cuda",
+                name=_printable(properties.name),
+                capability=f"{properties.major}.{properties.minor}",
+            )
+    except Exception:
+        # A driver that answers nothing must not end an inference: the default profile serves.
+        return None
+    return None
+
+
+def versions(kind: str) -> Versions:
+    """The versions in this process, those of CUDA only for devices of that kind."""
+    cuda = kind == "cuda"
+    cudnn = _cudnn_version() if cuda else None
+    return Versions(
+        smartattn=__version__,
+        torch=_printable(str(torch.__version__)),
+        transformers=_distribution("transformers"),
+        flash_attn=_distribution("flash-attn") if cuda else None,
+        cuda=torch.version.cuda if cuda else None,
+        cudnn=None if cudnn is None else str(cudnn),
+        driver=driver_version() if cuda else None,
+    )
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The model name of this machine's CPU, the architecture if nothing says more."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            label, _, value = line.partition(":")
+            if label.strip().lower() in ("model name", "hardware") and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+@functools.cache
+def driver_version() -> str | None:
+    """The NVIDIA driver's release, e.g. "570.86.15"; None if nobody tells."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(errors="replace")
+    except OSError:
+        text = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found = re.search(r"\b\d{3,4}\.\d+(\.\d+)?\b", text)
+    return found.group() if found else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=False
+        ).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+
+
+def _cudnn_version() -> int | None:
+    try:
+        version = torch.backends.cudnn.version()
+    except Exception:
+        # torch raises if the loaded cuDNN is older than the one it was built for.
+        return None
+    return version if isinstance(version, int) else None
+
+
+def _distribution(name: str) -> str | None:
+    try:
+        return _printable(importlib.metadata.version(name))
+    except Exception:
+        # Besides PackageNotFoundError, whatever broken metadata raises.
+        return None
+
+
+def _printable(text: str) -> str:
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:300] or "unknown"

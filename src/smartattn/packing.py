@@ -1,0 +1,96 @@
+"""Padded to packed and back: gathers and scatters real tokens by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .call import Call
+from .plan import Plan, VarlenLayout
+
+#: A variable-length kernel: packed (total_q, heads, head_dim) queries, (total_k, kv_heads, ...)
+#: keys and values to packed outputs (total_q, heads, value_head_dim).
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenLayout], torch.Tensor]
+
+
+def gather(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Packs the tokens of a (batch, heads, length, dim) tensor as (total, heads, dim).
+
+    Args:
+        index: (total,) places in the flattened (batch * length) tokens; None takes all in order.
+    """
+    batch, heads, length, dim = states.shape
+    tokens = states.transpose(1, 2)
+    if index is None:
+        return tokens.reshape(batch * length, heads, dim)
+    if tokens.is_contiguous():
+        return tokens.view(batch * length, heads, dim).index_select(0, index)
+    # Layouts that do not flatten, such as a concatenated cache: no copy of the padding.
+    return tokens[index // length, index % length]
+
+
+def scatter(
+    packed: torch.Tensor, index: torch.Tensor | None, batch: int, length: int
+) -> torch.Tensor:
+    """Puts (total, heads, dim) tokens back as (batch, length, heads, dim), zeros elsewhere."""
+    heads, dim = packed.shape[1:]
+    if index is None:
+        return packed.view(batch, length, heads, dim)
+    padded = packed.new_zeros(batch * length, heads, dim)
+    return padded.index_copy(0, index, packed).view(batch, length, heads, dim)
+
+
+def packs_queries(plan: Plan, call: Call) -> bool:
+    """Whether padding may be dropped from the queries too, not from the keys alone."""
+    return plan.is_causal or plan.is_packed or call.self_attention
+
+
+def run_packed(
+    kernel: VarlenKernel,
+    plan: Plan,
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Runs a variable-length kernel over the real tokens of a padded or packed batch.
+
+    Returns:
+        (batch, q_len, heads, value_head_dim), zeros at padding positions.
+    """
+    layout = plan.varlen(packs_queries(plan, call))
+    packed = kernel(
+        gather(query, layout.q_index),
+        gather(key, layout.k_index),
+        gather(value, layout.k_index),
+        layout,
+    )
+    return scatter(packed, layout.q_index, call.batch, call.q_len)
+
+
+def varlen_refusals(plan: Plan, call: Call) -> list[str]:
+    """Why the real tokens of a batch cannot be packed exactly."""
+    reasons = []
+    if plan.sequences is None:
+        return ["the mask is known only as a dense tensor"]
+    if call.batch != plan.batch or call.q_len != plan.q_len or call.kv_len != plan.kv_len:
+        return [
+            f"the mask describes {plan.batch} x {plan.q_len} queries and {plan.kv_len} keys, "
+            f"given {call.batch} x {call.q_len} and {call.kv_len}"
+        ]
+    pack_queries = packs_queries(plan, call)
+    if call.keep_padding_output and plan.is_padded and pack_queries:
+        reasons.append("padding positions of the output are to be kept")
+    if plan.real_k == 0 or (plan.real_q == 0 and pack_queries):
+        reasons.append("no real token in the batch")
+    if plan.is_causal and not 0 <= plan.shift <= plan.kv_len - plan.q_len:
+        reasons.append("the last query does not stand at the last visible key")
+    if plan.window_matters:
+        if not plan.is_causal and plan.q_len != plan.kv_len:
+            reasons.append("a symmetric window needs as many queries as keys")
+        if not plan.sequences.contiguous:
+            reasons.append("a window cannot be packed across holes in the mask")
+        elif plan.is_padded and not pack_queries:
+            reasons.append("a window over padded keys needs self-attention")
+    return reasons

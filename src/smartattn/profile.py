@@ -1,0 +1,418 @@
+"""Profiles: what was measured on a device, as readable JSON; found, validated, saved atomically."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import stat
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+import torch
+from filelock import FileLock
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, model_validator
+
+from .call import Call
+from .cost import BackendName, Cost, Layout, Mode, Predictor
+from .machine import Device, Line, Record, Versions, identify, versions
+from .plan import Plan
+
+logger = logging.getLogger("smartattn")
+
+SCHEMA = "smartattn-profile/1"
+#: Environment variable with the path of the profile to use.
+ENVIRONMENT = "SMARTATTN_PROFILE"
+#: Bytes of the largest file that is taken for a profile.
+MAX_BYTES = 4 * 1024 * 1024
+
+Tokens = Annotated[int, Field(ge=0, le=10**12)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
+Sentence = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+
+
+class ProfileError(ValueError):
+    """Why a file cannot be used as a profile, in one line."""
+
+
+class When(Record):
+    """Conditions of a rule, all of which must hold; None says nothing.
+
+    Lengths are in tokens and bounds inclusive; ``min_padding_share`` is the share of keys that are
+    padding, 0 to 1.
+    """
+
+    device: Literal["cuda", "cpu"] | None = None
+    padded: bool | None = None
+    packed: bool | None = None
+    causal: bool | None = None
+    min_kv_len: Tokens | None = None
+    max_kv_len: Tokens | None = None
+    min_padding_share: Share | None = None
+
+    def holds(self, plan: Plan, call: Call) -> bool:
+        """Whether the conditions hold for a call."""
+        return (
+            (self.device is None or call.device.type == self.device)
+            and (self.padded is None or plan.is_padded == self.padded)
+            and (self.packed is None or plan.is_packed == self.packed)
+            and (self.causal is None or plan.is_causal == self.causal)
+            and (self.min_kv_len is None or call.kv_len >= self.min_kv_len)
+            and (self.max_kv_len is None or call.kv_len <= self.max_kv_len)
+            and (self.min_padding_share is None or plan.padding_share >= self.min_padding_share)
+        )
+
+
+class Rule(Record):
+    """Which backends to prefer where nothing was measured."""
+
+    when: When = When()
+    prefer: Annotated[tuple[BackendName, ...], Field(min_length=1, max_length=64)]
+    #: One sentence with its source.
+    because: Sentence
+
+
+class Winner(Record):
+    """The fastest backend from a key length on, until the next entry's."""
+
+    from_kv_len: Tokens
+    backend: BackendName
+    #: Predicted time of the runner-up at ``from_kv_len`` divided by the winner's.
+    speedup: Annotated[float, Field(ge=1.0, le=1e9)]
+
+
+class Threshold(Record):
+    """Who wins in a regime by key length, for people; derived from the costs, never read back."""
+
+    mode: Mode
+    layout: Layout
+    causal: bool
+    dtype: Line
+    head_dim: Annotated[int, Field(ge=1, le=65536)]
+    batch: Annotated[int, Field(ge=1, le=10**9)]
+    heads: Annotated[int, Field(ge=1, le=10**6)]
+    kv_heads: Annotated[int, Field(ge=1, le=10**6)]
+    padding_share: Share
+    winners: Annotated[tuple[Winner, ...], Field(min_length=1, max_length=1000)]
+
+
+class Run(Record):
+    """How a profile was made."""
+
+    mode: Literal["quick", "default"]
+    #: Wall-clock time of the measurements.
+    seconds: Seconds
+    samples: Annotated[int, Field(ge=0, le=10**9)]
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    #: File name of the raw samples.
+    raw_samples: Line | None = None
+    #: Backends left out because their outputs were wrong, each with the evidence.
+    excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
+
+
+class Profile(Record):
+    """What is known about the backends on one device model.
+
+    ``device`` None means any device. Times are in microseconds, lengths in tokens.
+    """
+
+    schema_version: Literal["smartattn-profile/1"] = SCHEMA
+    name: Annotated[str, StringConstraints(pattern=r"^[\w .,:()@+-]{1,200}$")]
+    notes: Sentence = ""
+    device: Device | None = None
+    versions: Versions | None = None
+    #: Day of the run, ISO 8601.
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    run: Run | None = None
+    rules: Annotated[tuple[Rule, ...], Field(max_length=1000)] = ()
+    thresholds: Annotated[tuple[Threshold, ...], Field(max_length=5000)] = ()
+    costs: Annotated[tuple[Cost, ...], Field(max_length=10_000)] = ()
+
+    _predictor: Predictor = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _index(self) -> Profile:
+        seen = set()
+        for cost in self.costs:
+            key = (cost.backend, cost.regime)
+            if key in seen:
+                raise ValueError(f"two costs for {cost.backend} in one regime: {cost.regime}")
+            seen.add(key)
+        self._predictor = Predictor(self.costs)
+        return self
+
+    def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
+        """Predicted time of a call in microseconds, or None if it was not measured.
+
+        The prediction is the larger one of host and device time. It is None for a backend or a
+        regime (mode, layout, causal or not, dtype) without measurements, for a head_dim above the
+        largest one measured, and for a key length beyond ``MAX_EXTRAPOLATION`` times the longest
+        one measured. Within these bounds the model extrapolates: it is linear in amounts of work.
+        A head_dim between two measured ones costs what the larger one does, and float16 and
+        bfloat16 stand for each other on GPUs.
+        """
+        return self._predictor.predict(backend, plan, call)
+
+    def rule(self, plan: Plan, call: Call) -> Rule | None:
+        """The first rule whose conditions hold."""
+        for rule in self.rules:
+            if rule.when.holds(plan, call):
+                return rule
+        return None
+
+    def to_json(self) -> str:
+        """The profile as readable JSON with a final newline; absent values are left out."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+
+
+# -- reading and writing -------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> Profile:
+    """Reads and validates a profile.
+
+    Raises:
+        ProfileError: the file cannot be read or is no valid profile; the message is one line.
+    """
+    try:
+        text = _read(path).decode("utf-8")
+        # pydantic keeps the last one of two equal keys; nobody can have meant that.
+        json.loads(text, object_pairs_hook=_unique)
+        return Profile.model_validate_json(text)
+    except ProfileError:
+        raise
+    except OSError as error:
+        raise ProfileError(error.strerror or type(error).__name__) from None
+    except UnicodeDecodeError:
+        raise ProfileError("not UTF-8 text") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ProfileError(_one_line(f"{place}: {first['msg']}" if place else first["msg"])) from None
+    except RecursionError:
+        raise ProfileError("nested too deeply") from None
+    except ValueError as error:
+        raise ProfileError(_one_line(f"not valid JSON: {error}")) from None
+
+
+def save(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """Replaces a profile atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: the file cannot be written; whatever was there stays.
+    """
+    write_atomically(path, profile.to_json().encode())
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a temporary file beside ``path``, flushes it to the disk and renames it."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_for_user(profile: Profile) -> Path:
+    """Saves a profile of a device as the user's own and returns where.
+
+    Raises:
+        ValueError: the profile names no device.
+        OSError: the file cannot be written.
+    """
+    if profile.device is None:
+        raise ValueError("a profile without a device cannot be found again")
+    path = user_profiles() / f"{profile.device.slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        save(profile, path)
+    return path
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    # Opening a FIFO would wait for a writer without O_NONBLOCK.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise ProfileError("is a directory")
+        if not stat.S_ISREG(status.st_mode):
+            raise ProfileError("not a regular file")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ProfileError(f"larger than {MAX_BYTES} bytes")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ProfileError(_one_line(f"key {double!r} appears twice"))
+    return result
+
+
+def _one_line(text: str) -> str:
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:300]
+
+
+# -- finding -------------------------------------------------------------------------------------
+
+
+class Found(Record):
+    """A profile and how it was found."""
+
+    profile: Profile
+    #: None for a profile that is not in a file.
+    path: Path | None
+    #: The source in words: "given by SMARTATTN_PROFILE", "the user's own", ...
+    source: str
+    #: One phrase per source before it in the order that gave nothing.
+    passed_over: tuple[str, ...]
+    #: (file, reason) of every file that exists and cannot be used.
+    rejected: tuple[tuple[str, str], ...]
+
+
+def user_profiles() -> Path:
+    """The folder of the user's own profiles; it may not exist."""
+    return Path(platformdirs.user_data_dir("smartattn", appauthor=False)) / "profiles"
+
+
+def shipped_profiles() -> Path:
+    """The folder of the profiles that come with the package: in the wheel, or in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "calibration" / "profiles"
+    return installed if installed.is_dir() else here.parents[1] / "calibration" / "profiles"
+
+
+def find(device: Device | None, given: str | os.PathLike[str] | None = None) -> Found:
+    """Looks a device's profile up: given path, the user's own, a shipped one, the default.
+
+    Never raises for what is in the files, and logs nothing.
+    """
+    passed: list[str] = []
+    rejected: list[tuple[str, str]] = []
+    for source, path in _sources(device, given):
+        if path is None:
+            passed.append(f"{source}: none")
+            continue
+        try:
+            profile = load(path)
+            mismatch = _mismatch(profile, device)
+            if mismatch:
+                raise ProfileError(mismatch)
+        except ProfileError as error:
+            passed.append(f"{source}: {path} cannot be used: {error}")
+            rejected.append((str(path), str(error)))
+            continue
+        return Found(
+            profile=profile,
+            path=Path(path),
+            source=source,
+            passed_over=tuple(passed),
+            rejected=tuple(rejected),
+        )
+    return Found(
+        profile=Profile(name="empty", notes="No profile could be read."),
+        path=None,
+        source="nothing but the order of the backends",
+        passed_over=tuple(passed),
+        rejected=tuple(rejected),
+    )
+
+
+def _sources(
+    device: Device | None, given: str | os.PathLike[str] | None
+) -> Iterator[tuple[str, str | os.PathLike[str] | None]]:
+    if given is not None:
+        yield "given by set_profile", given
+    else:
+        variable = os.environ.get(ENVIRONMENT)
+        yield f"given by {ENVIRONMENT}", variable or None
+    for source, folder in (("the user's own", user_profiles()), ("shipped", shipped_profiles())):
+        path = None if device is None else folder / f"{device.slug}.json"
+        yield source, path if path is not None and os.path.lexists(path) else None
+    yield "the built-in default", shipped_profiles() / "default.json"
+
+
+def _mismatch(profile: Profile, device: Device | None) -> str | None:
+    if profile.device is None or profile.device == device:
+        return None
+    return f"measured on {profile.device}, the device is {device or 'of another kind'}"
+
+
+# -- the profile in force ------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_in_force: dict[torch.device, Profile] = {}
+_given: str | os.PathLike[str] | None = None
+_warned: set[tuple[str, str]] = set()
+
+
+def set_profile(path: str | os.PathLike[str] | None) -> None:
+    """Uses the profile at ``path`` from now on, in this process; None goes back to the search.
+
+    A file that cannot be used is passed over with a warning at the next attention call.
+    """
+    global _given
+    with _lock:
+        _given = path
+        _in_force.clear()
+        _warned.clear()
+
+
+def profile_for(device: torch.device) -> Profile:
+    """The profile in force for a device; looked up once per process and device, never failing.
+
+    The order is: the path given to :func:`set_profile` or in the environment variable
+    ``SMARTATTN_PROFILE``, the user's own profile for this device model, one shipped with the
+    package, the built-in default. Which one it is and why is logged once at level INFO to the
+    logger "smartattn"; a file that exists and cannot be used is a warning.
+    """
+    profile = _in_force.get(device)
+    if profile is None:
+        with _lock:
+            profile = _in_force.get(device)
+            if profile is None:
+                profile = _in_force[device] = _look_up(device)
+    return profile
+
+
+def _look_up(device: torch.device) -> Profile:
+    identity = identify(device)
+    found = find(identity, _given)
+    for path, reason in found.rejected:
+        if (path, reason) not in _warned:
+            _warned.add((path, reason))
+            logger.warning("smartattn ignores the profile %s: %s", path, reason)
+    logger.info(
+        "smartattn uses profile %s for %s (%s, %s)%s",
+        found.profile.name,
+        f"{device} ({identity})" if identity else device,
+        found.source,
+        found.path or "no file",
+        "".join(f"; {phrase}" for phrase in found.passed_over),
+    )
+    if found.profile.versions is not None and found.profile.device is not None:
+        differences = found.profile.versions.differences(versions(found.profile.device.kind))
+        if differences:
+            logger.info(
+                "profile %s was measured with other versions (%s): "
+                "run `smartattn calibrate` to measure again",
+                found.profile.name,
+                ", ".join(differences),
+            )
+    return found.profile
