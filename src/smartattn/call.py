@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+
+#: Attention over tensors: query, key, value and the layer's further arguments to the output; see
+#: ``backends.base.Backend.bind``.
+Runner: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]], torch.Tensor
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
 from .backends import BACKENDS
-from .call import Call
+from .call import Call, Runner
 from .choose import Decision, choose
 from .control import SETTINGS, Settings
 from .mask import PlanMask
@@ -102,6 +102,7 @@ def smart_mask(
     real = real_on_device = packed = None
     if known.pattern is not Pattern.OTHER and attention_mask is not None:
         padded = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        assert padded is not None
         real_on_device = padded[:, kv_offset : kv_offset + kv_length]
         real = _to_host(real_on_device)
     if known.packed_ids is not None:
@@ -152,7 +153,6 @@ def _to_host(flags: torch.Tensor) -> BoolArray:
     return array
 
 
-@functools.cache
 def _calls_attention_function(config_class: type) -> bool:
     """Whether the models of a configuration go through the attention registry.
 
@@ -260,9 +260,12 @@ NEUTRAL_ARGUMENTS = frozenset(
         "num_items_in_batch",
         "past_key_values",
         "position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
         "position_ids",
         "sliding_window",
         "token_type_ids",
+        "use_cache",
     }
 )
 
@@ -290,6 +293,7 @@ _SELF_ATTENTION_PARAMETERS = frozenset(
 class _Choice:
     decision: Decision
     call: Call
+    run: Runner
     eager: Callable[..., Any] | None
 
 
@@ -340,11 +344,9 @@ def smart_attention(
     if plan.may_hide_packing or kwargs.get("cu_seq_lens_q") is not None:
         plan = _unhidden(plan, query, kwargs)
     settings = SETTINGS.get()
-    features = [
-        name
-        for name, value_ in kwargs.items()
-        if value_ is not None and name not in NEUTRAL_ARGUMENTS and _changes_result(name, value_)
-    ]
+    features: tuple[str, ...] = ()
+    if kwargs.keys() - NEUTRAL_ARGUMENTS:
+        features = _features(kwargs)
     signature = (
         module.__class__,
         query.shape,
@@ -354,8 +356,8 @@ def smart_attention(
         key.dtype,
         dropout,
         scaling,
-        *features,
-        kwargs.get("softcap"),
+        features,
+        kwargs.get("softcap") if features else None,
         torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad),
         torch.are_deterministic_algorithms_enabled(),
@@ -371,8 +373,7 @@ def smart_attention(
         kwargs["eager"] = choice.eager
     if settings.trace is not None:
         settings.trace.record(plan, choice.call, choice.decision)
-    backend = choice.decision.backend
-    return backend.run(plan, choice.call, query, key, value, kwargs), None
+    return choice.run(query, key, value, kwargs), None
 
 
 def _plan_of(
@@ -389,7 +390,7 @@ def _plan_of(
             is_causal = bool(getattr(module, "is_causal", False))
         causal = bool(is_causal) and q_len > 1
         return _unmasked_plan(query.shape[0], q_len, kv_len, causal, query.device)
-    if isinstance(mask, PlanMask):
+    if type(mask) is PlanMask:
         plan = mask.plan
         if plan is not None:
             if plan.device != query.device:
@@ -403,20 +404,12 @@ def _plan_of(
             mask = mask.dense()
     if mask.device != query.device:
         mask = mask.to(query.device)
-    plan = Plan(query.shape[0], q_len, kv_len, Pattern.OTHER, query.device, given=mask)
-    # Nothing is known of such a mask, so that calls of one shape share their choice.
-    shared = _unmasked_plan(query.shape[0], q_len, kv_len, None, query.device)
-    plan.decisions = shared.decisions
-    return plan
+    return Plan(query.shape[0], q_len, kv_len, Pattern.OTHER, query.device, given=mask)
 
 
 @functools.lru_cache(maxsize=256)
-def _unmasked_plan(
-    batch: int, q_len: int, kv_len: int, causal: bool | None, device: torch.device
-) -> Plan:
+def _unmasked_plan(batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Plan:
     """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward."""
-    if causal is None:
-        return Plan(batch, q_len, kv_len, Pattern.OTHER, device)
     # A None mask with more keys than queries is the first step of an empty static cache.
     pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
     return Plan(batch, q_len, kv_len, pattern, device)
@@ -429,7 +422,7 @@ def _unhidden(plan: Plan, query: torch.Tensor, kwargs: Mapping[str, Any]) -> Pla
         source = kwargs.get("position_ids")
         if source is None or not plan.may_hide_packing or source.shape != (1, plan.q_len):
             return plan
-    elif plan.is_packed or plan.sequences is None:
+    elif plan.is_packed or plan.pattern is Pattern.OTHER:
         return plan
     known = plan.packings.get(id(source))
     # The entry holds its tensor, so the id cannot be another tensor's by now.
@@ -474,6 +467,15 @@ def _packed_plan(plan: Plan, source: torch.Tensor, kwargs: Mapping[str, Any]) ->
     )
 
 
+def _features(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments of a layer that a backend has to implement."""
+    return tuple(
+        name
+        for name, value in kwargs.items()
+        if value is not None and name not in NEUTRAL_ARGUMENTS and _changes_result(name, value)
+    )
+
+
 def _changes_result(name: str, value: Any) -> bool:
     """Whether an argument that is not known to be neutral may change what attention computes."""
     if name == "softcap":
@@ -495,7 +497,7 @@ def _choose(
     plan: Plan,
     dropout: float,
     scaling: float | None,
-    features: list[str],
+    features: tuple[str, ...],
     kwargs: Mapping[str, Any],
     settings: Settings,
 ) -> _Choice:
@@ -522,7 +524,7 @@ def _choose(
         and (query.requires_grad or key.requires_grad or value.requires_grad),
         deterministic=torch.are_deterministic_algorithms_enabled()
         or bool(kwargs.get("deterministic")),
-        self_attention=_is_self_attention(type(module))
+        self_attention=_is_self_attention(type(module))  # type: ignore[arg-type]
         and kwargs.get("encoder_hidden_states") is None,
         keep_padding_output=settings.pad_output == "sdpa",
         has_eager=eager is not None,
@@ -530,7 +532,8 @@ def _choose(
     )
     decision = choose(plan, call, profile_for(query.device), BACKENDS, settings.backends)
     _log(plan, call, decision)
-    return _Choice(decision, call, eager if decision.backend.name == "eager" else None)
+    run = decision.backend.bind(plan, call)
+    return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
 
 
 def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
@@ -540,7 +543,7 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
 
 
 @functools.cache
-def _is_self_attention(module_class: type) -> bool:
+def _is_self_attention(module_class: Any) -> bool:
     """Whether a layer can only attend from its own hidden states.
 
     Cross-attention is handed a mask that speaks of its keys alone, and nothing in the call says so
@@ -548,7 +551,7 @@ def _is_self_attention(module_class: type) -> bool:
     states cannot be one.
     """
     try:
-        parameters = inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+        parameters = inspect.signature(module_class.forward).parameters
     except (TypeError, ValueError):
         return False
     return "hidden_states" in parameters and parameters.keys() <= _SELF_ATTENTION_PARAMETERS
@@ -588,9 +591,8 @@ def _compiled_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
     beyond_sdpa = False
-    for name, value_ in kwargs.items():
-        if value_ is not None and name not in NEUTRAL_ARGUMENTS and name != "position_bias":
-            beyond_sdpa = beyond_sdpa or _changes_result(name, value_)
+    for name in _features(kwargs):
+        beyond_sdpa = beyond_sdpa or name != "position_bias"
     if not beyond_sdpa:
         output, weights = sdpa_attention_forward(
             module,

@@ -42,7 +42,7 @@ class PlanMask(torch.Tensor):
 
     def __new__(cls, plan: Plan, dtype: torch.dtype) -> PlanMask:
         shape = (plan.batch, 1, plan.q_len, plan.kv_len)
-        mask: PlanMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        mask: PlanMask = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=plan.device
         )
         mask._plan = plan
@@ -73,12 +73,13 @@ class PlanMask(torch.Tensor):
             self._dense = dense
         return self._dense
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         facts = ", ".join(f"{k}={v}" for k, v in self._plan.describe().items() if v is not None)
         return f"PlanMask({facts}, dtype={self.dtype}, device={self._plan.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
+        reduced: Any = torch.Tensor.__reduce_ex__(self.dense(), protocol)  # type: ignore[no-untyped-call]
+        return reduced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         copy = self.dense().clone()
@@ -92,7 +93,7 @@ class PlanMask(torch.Tensor):
         return self.dense().numpy(force=force)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}

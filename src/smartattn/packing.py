@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from .call import Call
-from .plan import Plan, VarlenLayout
+from .call import Call, Runner
+from .plan import Padding, Plan, VarlenLayout
 
 #: A variable-length kernel: packed (total_q, heads, head_dim) queries, (total_k, kv_heads, ...)
 #: keys and values to packed outputs (total_q, heads, value_head_dim).
@@ -46,33 +47,32 @@ def packs_queries(plan: Plan, call: Call) -> bool:
     return plan.is_causal or plan.is_packed or call.self_attention
 
 
-def run_packed(
-    kernel: VarlenKernel,
-    plan: Plan,
-    call: Call,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Runs a variable-length kernel over the real tokens of a padded or packed batch.
+def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
+    """A runner that sends the real tokens of a padded or packed batch through a kernel.
 
-    Returns:
-        (batch, q_len, heads, value_head_dim), zeros at padding positions.
+    It returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    layout = plan.varlen(packs_queries(plan, call))
-    packed = kernel(
-        gather(query, layout.q_index),
-        gather(key, layout.k_index),
-        gather(value, layout.k_index),
-        layout,
-    )
-    return scatter(packed, layout.q_index, call.batch, call.q_len)
+    pack_queries = packs_queries(plan, call)
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        layout = plan.varlen(pack_queries)
+        packed = kernel(
+            gather(query, layout.q_index),
+            gather(key, layout.k_index),
+            gather(value, layout.k_index),
+            layout,
+        )
+        return scatter(packed, layout.q_index, call.batch, call.q_len)
+
+    return run
 
 
 def varlen_refusals(plan: Plan, call: Call) -> list[str]:
     """Why the real tokens of a batch cannot be packed exactly."""
     reasons = []
-    if plan.sequences is None:
+    if plan.padding is Padding.UNKNOWN:
         return ["the mask is known only as a dense tensor"]
     if call.batch != plan.batch or call.q_len != plan.q_len or call.kv_len != plan.kv_len:
         return [
@@ -89,7 +89,7 @@ def varlen_refusals(plan: Plan, call: Call) -> list[str]:
     if plan.window_matters:
         if not plan.is_causal and plan.q_len != plan.kv_len:
             reasons.append("a symmetric window needs as many queries as keys")
-        if not plan.sequences.contiguous:
+        if plan.padding is Padding.HOLES:
             reasons.append("a window cannot be packed across holes in the mask")
         elif plan.is_padded and not pack_queries:
             reasons.append("a window over padded keys needs self-attention")

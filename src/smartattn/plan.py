@@ -127,22 +127,25 @@ class Plan:
         self._real_on_device = real_on_device
         #: Keys that some query may see: a static cache is longer than what it holds.
         self.visible = min(kv_len, q_len + shift) if pattern is Pattern.CAUSAL else kv_len
-        self._real_host = None
+        self._real_host: BoolArray | None = None
+        self._sequences: Sequences | None = None
+        self.padding = Padding.NONE
+        #: Real queries and (visible) real keys of the batch; 0 for a dense mask.
+        self.real_q = batch * q_len
+        self.real_k = batch * self.visible
         if pattern is Pattern.OTHER:
             self.padding = Padding.UNKNOWN
-            self.sequences = None
+            self.real_q = self.real_k = 0
         elif packed is not None:
-            self.padding = Padding.NONE
-            self.sequences = _packed_sequences(packed)
-        else:
-            if real is not None:
-                real = real[:, : self.visible]
-            self.padding, self.sequences = self._padded_sequences(real)
-            if self.padding is Padding.HOLES:
-                self._real_host = real
-        if self.sequences is not None:
-            self.real_q = int(self.sequences.q_length.sum())
-            self.real_k = int(self.sequences.k_length.sum())
+            self._sequences = _packed_sequences(packed)
+        elif real is not None:
+            real = real[:, : self.visible]
+            if not real.all():
+                self.padding, self._sequences = self._padded_sequences(real)
+                self.real_q = int(self._sequences.q_length.sum())
+                self.real_k = int(self._sequences.k_length.sum())
+                if self.padding is Padding.HOLES:
+                    self._real_host = real
         self._derived: dict[Any, Any] = {}
         self._twins: dict[torch.device, Plan] = {device: self}
         #: Choices already made for the layers of this forward, see ``integration``.
@@ -153,6 +156,20 @@ class Plan:
         self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
 
     # -- facts -----------------------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> Sequences | None:
+        """Where the real tokens of each sequence lie; None for a dense mask."""
+        if self._sequences is None and self.pattern is not Pattern.OTHER:
+            zeros = np.zeros(self.batch, dtype=np.int64)
+            self._sequences = Sequences(
+                np.arange(self.batch, dtype=np.int64),
+                zeros,
+                np.full(self.batch, self.q_len, dtype=np.int64),
+                zeros,
+                np.full(self.batch, self.visible, dtype=np.int64),
+            )
+        return self._sequences
 
     @property
     def is_padded(self) -> bool:
@@ -179,7 +196,7 @@ class Plan:
     def padding_share(self) -> float:
         """Share of the (visible) keys that are padding, 0 to 1."""
         total = self.batch * self.visible
-        return 1.0 - self.real_k / total if self.sequences is not None and total else 0.0
+        return 1.0 - self.real_k / total if self.is_padded and total else 0.0
 
     def attended_pairs(self, pack_queries: bool) -> int:
         """Number of (query, key) pairs among real tokens that the pattern lets through.
@@ -193,9 +210,7 @@ class Plan:
             else:
                 lengths_k = self.sequences.k_length
                 lengths_q = (
-                    self.sequences.q_length
-                    if pack_queries
-                    else np.full_like(lengths_k, self.q_len)
+                    self.sequences.q_length if pack_queries else np.full_like(lengths_k, self.q_len)
                 )
                 pairs = int(_pairs(lengths_q, lengths_k, self.is_causal, self.window))
             self._derived[key] = pairs
@@ -278,13 +293,8 @@ class Plan:
 
     # -- making ----------------------------------------------------------------------------------
 
-    def _padded_sequences(self, real: BoolArray | None) -> tuple[Padding, Sequences]:
+    def _padded_sequences(self, real: BoolArray) -> tuple[Padding, Sequences]:
         rows = np.arange(self.batch, dtype=np.int64)
-        if real is None or bool(real.all()):
-            zeros = np.zeros(self.batch, dtype=np.int64)
-            full_k = np.full(self.batch, self.visible, dtype=np.int64)
-            full_q = np.full(self.batch, self.q_len, dtype=np.int64)
-            return Padding.NONE, Sequences(rows, zeros, full_q, zeros, full_k)
         width = real.shape[1]
         length = np.count_nonzero(real, axis=1).astype(np.int64)
         start = real.argmax(axis=1).astype(np.int64)
@@ -327,7 +337,7 @@ class Plan:
             self.device,
         )
         n = len(sequences)
-        parts = uploaded.split([n + 1, n + 1, n, n, n, n])
+        parts = torch.split(uploaded, [n + 1, n + 1, n, n, n, n])
         q_index = k_index = None
         if pack_queries and total_q != self.batch * self.q_len:
             q_index = self._token_index(parts[2], parts[4], total_q, queries=True)

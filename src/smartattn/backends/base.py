@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 
-from ..call import Call
+from ..call import Call, Runner
 from ..plan import Plan
 
 HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
@@ -46,8 +47,7 @@ class Support:
 class Backend(ABC):
     """One way to compute attention.
 
-    A backend never reads a value from the device in :meth:`run`; what it needs from the mask is in
-    the plan.
+    A backend never reads a value from the device; what it needs of the mask is in the plan.
     """
 
     name: ClassVar[str]
@@ -74,6 +74,14 @@ class Backend(ABC):
         return False
 
     @abstractmethod
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        """Prepares what is the same for all layers that ask for ``call`` in this forward.
+
+        The runner takes query (batch, heads, q_len, head_dim), key and value (batch, kv_heads,
+        kv_len, ...) and the layer's further arguments, with the layer itself under ``module``; it
+        returns (batch, q_len, heads, value_head_dim), finite at padding positions.
+        """
+
     def run(
         self,
         plan: Plan,
@@ -81,16 +89,10 @@ class Backend(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
-        """Attention of (batch, heads, q_len, head_dim) queries.
-
-        Args:
-            arguments: the layer's further arguments, and the layer itself under ``module``.
-
-        Returns:
-            (batch, q_len, heads, value_head_dim); finite at padding positions.
-        """
+        """Binds and runs once."""
+        return self.bind(plan, call)(query, key, value, arguments)
 
 
 def declared_refusals(support: Support, call: Call) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..call import Call
+from ..call import Call, Runner
 from ..plan import Plan
 from .base import Backend, Support
 
@@ -30,20 +30,25 @@ class EagerBackend(Backend):
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return True
 
-    def run(
-        self,
-        plan: Plan,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
-        given = {k: v for k, v in arguments.items() if k not in ("module", "eager")}
-        given.setdefault("dropout", call.dropout)
-        given.setdefault("scaling", call.scaling)
-        output, _ = arguments["eager"](
-            arguments["module"], query, key, value, plan.additive_mask(query.dtype), **given
-        )
-        assert isinstance(output, torch.Tensor)
-        return output
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        def run(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            arguments: Mapping[str, Any],
+        ) -> torch.Tensor:
+            given = {k: v for k, v in arguments.items() if k not in ("module", "eager")}
+            output, _ = arguments["eager"](
+                arguments["module"],
+                query,
+                key,
+                value,
+                plan.additive_mask(query.dtype),
+                dropout=call.dropout,
+                scaling=call.scaling,
+                **given,
+            )
+            assert isinstance(output, torch.Tensor)
+            return output
+
+        return run

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..call import Call
-from ..packing import run_packed, varlen_refusals
+from ..call import Call, Runner
+from ..packing import bind_packed, varlen_refusals
 from ..plan import Padding, Plan, VarlenLayout
 from .base import HALF_PRECISION, Backend, Support
 
@@ -67,15 +67,7 @@ class FlashAttention2Backend(Backend):
                 reasons.append("this build of flash-attn has no dropout")
         return reasons
 
-    def run(
-        self,
-        plan: Plan,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def bind(self, plan: Plan, call: Call) -> Runner:
         package, _ = _package()
         options = {
             "dropout_p": call.dropout,
@@ -86,13 +78,25 @@ class FlashAttention2Backend(Backend):
             "deterministic": call.deterministic,
         }
         if runs_dense(plan, call):
-            if plan.visible < call.kv_len:
-                key, value = key[:, :, : plan.visible], value[:, :, : plan.visible]
-            output = package.flash_attn_func(
-                *(_last_contiguous(x.transpose(1, 2)) for x in (query, key, value)), **options
-            )
-            assert isinstance(output, torch.Tensor)
-            return output
+            dense = package.flash_attn_func
+            # The rest of a static cache is empty.
+            keys = slice(plan.visible) if plan.visible < call.kv_len else None
+
+            def run(
+                query: torch.Tensor,
+                key: torch.Tensor,
+                value: torch.Tensor,
+                arguments: Mapping[str, Any],
+            ) -> torch.Tensor:
+                if keys is not None:
+                    key, value = key[:, :, keys], value[:, :, keys]
+                output = dense(
+                    query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options
+                )
+                assert isinstance(output, torch.Tensor)
+                return output
+
+            return run
 
         def kernel(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -110,7 +114,7 @@ class FlashAttention2Backend(Backend):
             assert isinstance(packed, torch.Tensor)
             return packed
 
-        return run_packed(kernel, plan, call, query, key, value)
+        return bind_packed(kernel, plan, call)
 
 
 def runs_dense(plan: Plan, call: Call) -> bool:
@@ -134,9 +138,3 @@ def flash_window(plan: Plan) -> tuple[int, int]:
         return (-1, -1)
     assert plan.window is not None
     return (plan.window - 1, 0) if plan.is_causal else (plan.window, plan.window)
-
-
-def _last_contiguous(states: torch.Tensor) -> torch.Tensor:
-    return states if states.stride(-1) == 1 else states.contiguous()
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..call import Call
+from ..call import Call, Runner
 from ..plan import Padding, Plan
 from .base import Backend, Support
 
@@ -27,32 +27,57 @@ class SdpaBackend(Backend):
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return not needs_no_mask(plan, call)
 
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        unmasked = needs_no_mask(plan, call)
+        causal = unmasked and plan.is_causal and call.q_len > 1
+        # The rest of a static cache is empty.
+        keys = slice(plan.visible) if unmasked and plan.visible < call.kv_len else None
+        if unmasked and keys is None and "position_bias" not in call.features:
+            return _bind_unmasked(call, causal)
+
+        def run(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            arguments: Mapping[str, Any],
+        ) -> torch.Tensor:
+            mask = None if unmasked else plan.dense_mask()
+            is_causal = causal
+            position_bias = arguments.get("position_bias")
+            if position_bias is not None:
+                mask, is_causal = _biased(position_bias, plan.dense_mask(), query.dtype), False
+            if keys is not None:
+                key, value = key[:, :, keys], value[:, :, keys]
+                mask = None if mask is None else mask[..., keys]
+            return attend(query, key, value, mask, is_causal, call).transpose(1, 2).contiguous()
+
+        return run
+
+
+def _bind_unmasked(call: Call, causal: bool) -> Runner:
+    """The commonest call, with nothing left to decide per layer."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if call.group_size > 1 and not _takes_grouped_heads(call, None):
+        return lambda query, key, value, _: (
+            attend(query, key, value, None, causal, call).transpose(1, 2).contiguous()
+        )
+    grouped, dropout, scale = call.group_size > 1, call.dropout, call.scaling
+
     def run(
-        self,
-        plan: Plan,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
     ) -> torch.Tensor:
-        mask = None
-        causal = False
-        if needs_no_mask(plan, call):
-            causal = plan.is_causal and call.q_len > 1
-            if plan.visible < call.kv_len:
-                # The empty part of a static cache.
-                key, value = key[:, :, : plan.visible], value[:, :, : plan.visible]
-        else:
-            mask = plan.dense_mask()
-        position_bias = arguments.get("position_bias")
-        if position_bias is not None:
-            if mask is None and causal:
-                mask, causal = plan.dense_mask(), False
-                position_bias = position_bias[..., : key.shape[2]]
-                mask = None if mask is None else mask[..., : key.shape[2]]
-            mask = _biased(position_bias, mask, query.dtype)
-        return attend(query, key, value, mask, causal, call).transpose(1, 2).contiguous()
+        output = attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        return output.transpose(1, 2).contiguous()
+
+    return run
 
 
 def attend(
@@ -69,8 +94,7 @@ def attend(
     """
     grouped = False
     if call.group_size > 1:
-        # Outside of these conditions torch falls to its math kernel, which holds all the scores.
-        grouped = mask is None and call.head_dim == call.value_head_dim <= 256
+        grouped = _takes_grouped_heads(call, mask)
         if not grouped and call.q_len == 1 and (mask is None or mask.shape[1] == 1):
             # One query: its heads of a group become the queries of one key/value head.
             folded = query.reshape(call.batch, call.kv_heads, call.group_size, call.head_dim)
@@ -80,6 +104,9 @@ def attend(
             return attended.reshape(call.batch, call.heads, 1, call.value_head_dim)
         if not grouped:
             key, value = _repeated(key, call.group_size), _repeated(value, call.group_size)
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        # A caller's own mask; its lowest values must not become infinite in a smaller dtype.
+        mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -92,6 +119,11 @@ def attend(
     )
 
 
+def _takes_grouped_heads(call: Call, mask: torch.Tensor | None) -> bool:
+    # Otherwise torch falls to its math kernel, which holds all the scores in memory.
+    return mask is None and call.head_dim == call.value_head_dim <= 256
+
+
 def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
     batch, heads, length, dim = states.shape
     states = states[:, :, None].expand(batch, heads, times, length, dim)
@@ -100,7 +132,7 @@ def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
 
 def needs_no_mask(plan: Plan, call: Call) -> bool:
     """Whether attention without a mask is exact for all real tokens of the plan."""
-    if plan.sequences is None:
+    if plan.padding is Padding.UNKNOWN:
         return plan.dense_mask() is None
     if plan.is_packed or plan.window_matters or not _same_shape(plan, call):
         return False

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..call import Call
+from ..call import Call, Runner
 from ..packing import packs_queries, varlen_refusals
-from ..plan import Plan, local_mask
+from ..plan import Padding, Plan, local_mask
 from .base import Backend, Support
 from .sdpa import attend
 
@@ -23,40 +23,49 @@ class SdpaUnpaddedBackend(Backend):
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
-        if plan.sequences is not None and not plan.sequences.contiguous:
+        if plan.padding is Padding.HOLES:
             reasons.append("real tokens must be contiguous, and the mask has holes")
         if not plan.is_padded and not plan.is_packed:
             reasons.append("no padding to remove")
         return reasons
 
-    def run(
-        self,
-        plan: Plan,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
-        output = query.new_zeros(call.batch, call.q_len, call.heads, call.value_head_dim)
-        for rows, queries, keys in _groups(plan, packs_queries(plan, call)):
-            q_len, kv_len = queries.stop - queries.start, keys.stop - keys.start
-            causal = plan.is_causal and q_len > 1
-            mask = None
-            shift = kv_len - q_len if plan.is_causal else 0
-            if plan.window is not None or (causal and q_len != kv_len):
-                mask = local_mask(q_len, kv_len, shift, causal, plan.window, query.device)
-                causal = False
-            attended = attend(
-                query[rows, :, queries],
-                key[rows, :, keys],
-                value[rows, :, keys],
-                mask,
-                causal,
-                call,
-            )
-            output[rows, queries] = attended.transpose(1, 2)
-        return output
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        groups = [
+            (rows, queries, keys, *self._local(plan, queries, keys))
+            for rows, queries, keys in _groups(plan, packs_queries(plan, call))
+        ]
+
+        def run(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            arguments: Mapping[str, Any],
+        ) -> torch.Tensor:
+            output = query.new_zeros(call.batch, call.q_len, call.heads, call.value_head_dim)
+            for rows, queries, keys, mask, causal in groups:
+                attended = attend(
+                    query[rows, :, queries],
+                    key[rows, :, keys],
+                    value[rows, :, keys],
+                    mask,
+                    causal,
+                    call,
+                )
+                output[rows, queries] = attended.transpose(1, 2)
+            return output
+
+        return run
+
+    @staticmethod
+    def _local(plan: Plan, queries: slice, keys: slice) -> tuple[torch.Tensor | None, bool]:
+        """(mask, is_causal) of one sequence; the mask only where is_causal cannot say it."""
+        q_len, kv_len = queries.stop - queries.start, keys.stop - keys.start
+        causal = plan.is_causal and q_len > 1
+        if plan.window is None and not (causal and q_len != kv_len):
+            return None, causal
+        shift = kv_len - q_len if plan.is_causal else 0
+        mask = local_mask(q_len, kv_len, shift, plan.is_causal, plan.window, plan.device)
+        return mask, False
 
 
 def _groups(plan: Plan, pack_queries: bool) -> list[tuple[Any, slice, slice]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..call import Call
-from ..packing import run_packed, varlen_refusals
+from ..call import Call, Runner
+from ..packing import bind_packed, varlen_refusals
 from ..plan import Plan, VarlenLayout
 from .base import HALF_PRECISION, Backend, Support
 from .flash_attention_2 import flash_window
@@ -25,7 +24,7 @@ def _varlen_attn() -> tuple[Any, frozenset[str], str | None]:
     except (ImportError, AttributeError) as error:
         return None, frozenset(), f"this torch has no varlen_attn: {error}"
     parameters = frozenset(inspect.signature(function).parameters)
-    if not {"scale", "window_size", "enable_gqa"} <= parameters:
+    if not {"scale", "window_size"} <= parameters:
         return None, frozenset(), f"varlen_attn of torch {torch.__version__} has another signature"
     return function, parameters, None
 
@@ -56,16 +55,11 @@ class TorchVarlenBackend(Backend):
             reasons.append("its backward is not deterministic")
         return reasons
 
-    def run(
-        self,
-        plan: Plan,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
-        function, _, _ = _varlen_attn()
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        function, parameters, _ = _varlen_attn()
+        # torch 2.11 takes grouped heads as they come; later versions want to be told.
+        grouped = call.group_size > 1 and "enable_gqa" in parameters
+        options = {"enable_gqa": True} if grouped else {}
         window = flash_window(plan)
         if plan.is_causal and call.q_len > 1:
             window = (window[0], 0)
@@ -83,9 +77,9 @@ class TorchVarlenBackend(Backend):
                 layout.max_seqlen_k,
                 scale=call.scaling,
                 window_size=window,
-                enable_gqa=call.group_size > 1,
+                **options,
             )
             assert isinstance(packed, torch.Tensor)
             return packed
 
-        return run_packed(kernel, plan, call, query, key, value)
+        return bind_packed(kernel, plan, call)
