@@ -22,8 +22,9 @@ class Settings:
     trace: Trace | None = None
 
 
+_DEFAULT = Settings()
 #: One value per thread and asyncio task.
-SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=Settings())
+SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=_DEFAULT)
 
 
 @contextlib.contextmanager

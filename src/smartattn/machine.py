@@ -138,7 +138,7 @@ def _output(*command: str) -> str:
 
 def _cudnn_version() -> int | None:
     try:
-        version = torch.backends.cudnn.version()
+        version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     except Exception:
         # torch raises if the loaded cuDNN is older than the one it was built for.
         return None

@@ -41,6 +41,7 @@ class PlanMask(torch.Tensor):
     _dense: torch.Tensor | None
 
     def __new__(cls, plan: Plan, dtype: torch.dtype) -> PlanMask:
+        """A tensor without storage; see the class."""
         shape = (plan.batch, 1, plan.q_len, plan.kv_len)
         mask: PlanMask = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=plan.device
@@ -87,9 +88,11 @@ class PlanMask(torch.Tensor):
         return copy
 
     def tolist(self) -> Any:
+        """The additive mask as nested lists."""
         return self.dense().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
+        """The additive mask as an array."""
         return self.dense().numpy(force=force)
 
     @classmethod

@@ -178,6 +178,7 @@ class Plan:
 
     @property
     def is_causal(self) -> bool:
+        """A query sees nothing that comes after it."""
         return self.pattern is Pattern.CAUSAL
 
     @property
@@ -249,7 +250,7 @@ class Plan:
         return mask
 
     def additive_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The dense mask as eager attention adds it: 0 where seen, the dtype's minimum elsewhere."""
+        """The dense mask as eager attention adds it: 0 where seen, else the dtype's minimum."""
         mask = self.dense_mask()
         if mask is None or mask.dtype != torch.bool:
             return mask
@@ -328,7 +329,7 @@ class Plan:
         if not pack_queries:
             q_length = np.full_like(sequences.k_length, self.q_len)
         cu_q, cu_k = _cumulative(q_length), _cumulative(sequences.k_length)
-        # Place of a sequence's first token among the padded tokens, less its place among the packed.
+        # A sequence's first place among the padded tokens, less that among the packed ones.
         offset_q = sequences.row * self.q_len + sequences.q_start - cu_q[:-1]
         offset_k = sequences.row * self.kv_len + sequences.k_start - cu_k[:-1]
         total_q, total_k = int(cu_q[-1]), int(cu_k[-1])

@@ -25,7 +25,6 @@ from .plan import Plan
 
 logger = logging.getLogger("smartattn")
 
-SCHEMA = "smartattn-profile/1"
 #: Environment variable with the path of the profile to use.
 ENVIRONMENT = "SMARTATTN_PROFILE"
 #: Bytes of the largest file that is taken for a profile.
@@ -122,7 +121,7 @@ class Profile(Record):
     ``device`` None means any device. Times are in microseconds, lengths in tokens.
     """
 
-    schema_version: Literal["smartattn-profile/1"] = SCHEMA
+    schema_version: Literal["smartattn-profile/1"] = "smartattn-profile/1"
     name: Annotated[str, StringConstraints(pattern=r"^[\w .,:()@+-]{1,200}$")]
     notes: Sentence = ""
     device: Device | None = None
@@ -193,8 +192,8 @@ def load(path: str | os.PathLike[str]) -> Profile:
         raise ProfileError("not UTF-8 text") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(_one_line(f"{place}: {first['msg']}" if place else first["msg"])) from None
+        place = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise ProfileError(_one_line(f"{place}: {first['msg']}")) from None
     except RecursionError:
         raise ProfileError("nested too deeply") from None
     except ValueError as error:
@@ -243,14 +242,17 @@ def save_for_user(profile: Profile) -> Path:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     # Opening a FIFO would wait for a writer without O_NONBLOCK.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
             raise ProfileError("is a directory")
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(kind):
             raise ProfileError("not a regular file")
-        content = file.read(MAX_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_BYTES:
         raise ProfileError(f"larger than {MAX_BYTES} bytes")
     return content

@@ -112,7 +112,7 @@ def declared_refusals(support: Support, call: Call) -> list[str]:
         )
     if call.value_head_dim != call.head_dim and not support.mixed_head_dims:
         reasons.append(
-            f"needs one head_dim, given {call.head_dim} for query and {call.value_head_dim} for value"
+            f"needs one head_dim, given {call.head_dim} for query, {call.value_head_dim} for value"
         )
     for feature in sorted(call.features - support.features):
         reasons.append(f"does not implement {feature}")

@@ -20,7 +20,7 @@ def _package() -> tuple[Any, str | None]:
     """(flash_attn, None), or (None, why it cannot be used)."""
     try:
         package = importlib.import_module("flash_attn")
-    except Exception as error:  # noqa: BLE001 - a broken build may raise anything at import
+    except Exception as error:  # a broken build may raise anything
         return None, f"flash-attn cannot be imported: {type(error).__name__}: {error}"
     if not str(package.__version__).startswith("2."):
         return None, f"flash-attn 2 is needed, {package.__version__} is installed"
@@ -62,9 +62,9 @@ class FlashAttention2Backend(Backend):
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):
             reasons.append("takes no empty tensors")
-        if call.dropout and call.device.type == "cuda" and _package()[0] is not None:
-            if not _has_dropout(call.device):
-                reasons.append("this build of flash-attn has no dropout")
+        usable = call.device.type == "cuda" and self.unavailable() is None
+        if call.dropout and usable and not _has_dropout(call.device):
+            reasons.append("this build of flash-attn has no dropout")
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:

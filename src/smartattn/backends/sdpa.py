@@ -90,7 +90,8 @@ def attend(
 ) -> torch.Tensor:
     """One call of ``scaled_dot_product_attention`` with grouped heads where a kernel takes them.
 
-    Shapes are those of :class:`~smartattn.call.Call`; returns (batch, heads, q_len, value_head_dim).
+    Shapes are those of :class:`~smartattn.call.Call`; the result is (batch, heads, q_len,
+    value_head_dim).
     """
     grouped = False
     if call.group_size > 1:
