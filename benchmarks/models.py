@@ -1,0 +1,380 @@
+"""Whole models under ``sdpa``, ``flash_attention_2`` and ``smart``, interleaved in every round.
+
+Run from the repository's root: ``python -m benchmarks.models --help``. Models have the shapes of
+real ones and random weights. Times are wall times of one forward, generation or training step with
+the device synchronised before and after; compare ratios within one run, not times between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import smartattn
+
+IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "smart")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model under one batch.
+
+    ``padding`` is the share of the (batch, length) tokens that are padding; ``side`` where it lies.
+    """
+
+    model: str
+    task: str
+    batch: int
+    length: int
+    padding: float
+    side: str = "right"
+    new_tokens: int = 0
+    sequences: int = 0
+
+    @property
+    def name(self) -> str:
+        """A short unique name, which ``--only`` matches."""
+        pad = f" pad{self.padding:.0%} {self.side}" if self.padding else ""
+        extra = f" +{self.new_tokens}" if self.new_tokens else ""
+        extra += f" {self.sequences}seq" if self.sequences else ""
+        return f"{self.model} {self.task} {self.batch}x{self.length}{pad}{extra}"
+
+
+@dataclass
+class Result:
+    """Milliseconds per call (median and interquartile range) and agreement per implementation."""
+
+    workload: str
+    median_ms: dict[str, float] = field(default_factory=dict)
+    spread_ms: dict[str, float] = field(default_factory=dict)
+    #: Largest |difference from sdpa| / largest |sdpa|, at real tokens.
+    difference: dict[str, float] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    chosen: str = ""
+
+
+def workloads() -> Iterator[Workload]:
+    """The grid of the report."""
+    for length in (128, 512):
+        for batch in (1, 32, 128):
+            for padding in (0.0, 0.25, 0.5, 0.75):
+                yield Workload("bert-large", "forward", batch, length, padding)
+    for model in ("llama-1b", "llama-8b-4l"):
+        for batch, length in ((8, 256), (8, 1024), (8, 4096), (4, 16384), (1, 32768)):
+            for padding in (0.0, 0.25, 0.6):
+                if batch > 1 or not padding:
+                    yield Workload(model, "prefill", batch, length, padding, "left")
+    for batch, length, padding in ((8, 512, 0.5), (32, 2048, 0.5), (8, 8192, 0.5), (1, 16384, 0.0)):
+        yield Workload("llama-1b", "generate", batch, length, padding, "left", new_tokens=64)
+    for batch, length, padding in ((8, 512, 0.5), (8, 2048, 0.5), (4, 4096, 0.2), (2, 16384, 0.05)):
+        yield Workload("llama-1b", "train", batch, length, padding)
+    yield Workload("llama-1b", "train-packed", 1, 16384, 0.0, sequences=16)
+    yield Workload("bert-large", "stream", 200, 2048, 0.0)
+
+
+def tiny_workloads() -> Iterator[Workload]:
+    """The same kinds on models that a CPU can run, to test the benchmark itself."""
+    yield Workload("tiny-bert", "forward", 4, 64, 0.5)
+    yield Workload("tiny-llama", "prefill", 4, 64, 0.5, "left")
+    yield Workload("tiny-llama", "generate", 2, 32, 0.5, "left", new_tokens=4)
+    yield Workload("tiny-llama", "train", 2, 32, 0.5)
+    yield Workload("tiny-llama", "train-packed", 1, 64, 0.0, sequences=4)
+    yield Workload("tiny-bert", "stream", 6, 64, 0.0)
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model by name, random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    llama = {"vocab_size": 32000, "max_position_embeddings": 65536}
+    with torch.device(device):
+        if name == "bert-large":
+            config = BertConfig(
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                intermediate_size=4096,
+                max_position_embeddings=2048,
+            )
+            model = BertModel(config)
+        elif name == "llama-1b":
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=2048,
+                    intermediate_size=8192,
+                    num_hidden_layers=16,
+                    num_attention_heads=32,
+                    num_key_value_heads=8,
+                    **llama,
+                )
+            )
+        elif name == "llama-8b-4l":
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=4096,
+                    intermediate_size=14336,
+                    num_hidden_layers=4,
+                    num_attention_heads=32,
+                    num_key_value_heads=8,
+                    **llama,
+                )
+            )
+        elif name == "tiny-bert":
+            model = BertModel(BertConfig(num_attention_heads=4, **tiny))
+        elif name == "tiny-llama":
+            model = LlamaForCausalLM(
+                LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **tiny)
+            )
+        else:
+            raise ValueError(f"no such model: {name}")
+    return model.to(dtype).eval()
+
+
+def lengths_for(workload: Workload, generator: torch.Generator) -> torch.Tensor:
+    """(batch,) lengths with about the wanted padding; one sequence fills the width."""
+    length, share = workload.length, 1.0 - workload.padding
+    low = max(1, int(length * max(0.0, 2 * share - 1)))
+    high = min(length, int(length * 2 * share)) if share < 0.5 else length
+    lengths = torch.randint(low, max(low, high) + 1, (workload.batch,), generator=generator)
+    if workload.padding == 0.0:
+        lengths[:] = length
+    if workload.batch > 1:
+        lengths[0] = length
+        # Moves the others until the share is as wanted, as far as their range allows.
+        wanted = share * length * workload.batch - length
+        scale = wanted / max(1, int(lengths[1:].sum()))
+        lengths[1:] = (lengths[1:] * scale).round().clamp(1, length).long()
+    return lengths
+
+
+def padded_batch(workload: Workload, vocabulary: int, device: torch.device) -> dict[str, Any]:
+    """Token ids and mask of a workload."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = lengths_for(workload, generator)
+    ids = torch.randint(5, vocabulary, (workload.batch, workload.length), generator=generator)
+    positions = torch.arange(workload.length)
+    if workload.side == "left":
+        mask = positions >= (workload.length - lengths)[:, None]
+    else:
+        mask = positions < lengths[:, None]
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+
+
+def stream(workload: Workload, vocabulary: int, device: torch.device) -> list[dict[str, Any]]:
+    """Batches whose sizes and lengths have the long tail of real traffic."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for _ in range(workload.batch):
+        size = int(2 ** torch.randint(0, 7, (1,), generator=generator))
+        drawn = torch.empty(size).log_normal_(mean=4.6, std=1.0, generator=generator)
+        lengths = drawn.long().clamp(4, workload.length)
+        width = int(lengths.max())
+        ids = torch.randint(5, vocabulary, (size, width), generator=generator)
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+    return batches
+
+
+def task(workload: Workload, model: Any, device: torch.device) -> tuple[Callable[[], Any], Any]:
+    """(what to time, mask of real positions or None); the call returns the output to compare."""
+    vocabulary = model.config.vocab_size
+    if workload.task == "stream":
+        batches = stream(workload, vocabulary, device)
+
+        def run_stream() -> Any:
+            with torch.no_grad():
+                for batch in batches:
+                    hidden = model(**batch).last_hidden_state
+            return hidden
+
+        return run_stream, batches[-1]["attention_mask"].bool()
+    if workload.task == "train-packed":
+        size = workload.length // workload.sequences
+        ids = torch.randint(5, vocabulary, (1, workload.length), device=device)
+        positions = torch.arange(workload.length, device=device)[None] % size
+        return lambda: _train(model, {"input_ids": ids, "position_ids": positions}, ids), None
+    batch = padded_batch(workload, vocabulary, device)
+    real = batch["attention_mask"].bool()
+    if workload.task == "train":
+        labels = batch["input_ids"].masked_fill(~real, -100)
+        return lambda: _train(model, batch, labels), None
+    if workload.task == "generate":
+
+        def generate() -> Any:
+            with torch.no_grad():
+                return model.generate(
+                    **batch,
+                    min_new_tokens=workload.new_tokens,
+                    max_new_tokens=workload.new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+
+        return generate, None
+
+    def forward() -> Any:
+        with torch.no_grad():
+            # The base model: the head's logits would be most of the memory and little of the time.
+            return getattr(model, "model", model)(**batch).last_hidden_state
+
+    return forward, real
+
+
+def _train(model: Any, batch: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
+def measure(
+    workload: Workload, model: Any, device: torch.device, rounds: int, seconds: float
+) -> Result:
+    """Interleaved rounds of all implementations on one workload."""
+    result = Result(workload.name)
+    run, real = task(workload, model, device)
+    times: dict[str, list[float]] = {}
+    reference = None
+    for name in IMPLEMENTATIONS:
+        try:
+            model.set_attn_implementation(name)
+            with smartattn.trace() as trace:
+                run()  # first calls compile, allocate and load
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            output = run()
+            if device.type == "cuda":
+                result.peak_mib[name] = torch.cuda.max_memory_allocated() / 2**20
+        except (ImportError, ValueError, torch.cuda.OutOfMemoryError) as error:
+            result.failed[name] = f"{type(error).__name__}: {error}"
+            continue
+        times[name] = []
+        if name == "smart":
+            result.chosen = ", ".join(sorted({row.backend for row in trace.rows}))
+        values = (output if real is None else output[real]).float()
+        if name == "sdpa":
+            reference = values
+        if reference is not None and reference.shape == values.shape:
+            scale = reference.abs().max().clamp(min=1e-12)
+            result.difference[name] = float((values - reference).abs().max() / scale)
+        del output, values
+    end = time.perf_counter() + seconds
+    order = list(times)
+    for number in range(rounds):
+        for name in order:
+            model.set_attn_implementation(name)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        order.append(order.pop(0))
+        if number >= 2 and time.perf_counter() > end:
+            break
+    for name, values_ms in times.items():
+        result.median_ms[name] = statistics.median(values_ms)
+        quartiles = statistics.quantiles(values_ms, n=4) if len(values_ms) > 2 else [0.0, 0.0, 0.0]
+        result.spread_ms[name] = quartiles[2] - quartiles[0]
+    return result
+
+
+def ratio(result: Result) -> float | None:
+    """Time of smart divided by that of the better of the two others."""
+    others = [ms for name, ms in result.median_ms.items() if name != "smart"]
+    smart = result.median_ms.get("smart")
+    return smart / min(others) if smart is not None and others else None
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, one row per workload."""
+    lines = [
+        "| workload | sdpa ms | FA2 ms | smart ms | smart / better | chosen |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cells = [
+            f"{result.median_ms[name]:.2f}" if name in result.median_ms else "-"
+            for name in IMPLEMENTATIONS
+        ]
+        share = ratio(result)
+        shown = f"{share:.3f}" if share is not None else "-"
+        lines.append(f"| {result.workload} | {' | '.join(cells)} | {shown} | {result.chosen} |")
+    shares = [share for result in results if (share := ratio(result)) is not None]
+    if shares:
+        mean = statistics.geometric_mean(shares)
+        worst = max(shares)
+        lines.append(f"\ngeometric mean {mean:.3f}, worst {worst:.3f}, {len(shares)} workloads")
+    return "\n".join(lines)
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "smartattn": smartattn.__version__,
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cudnn"] = torch.backends.cudnn.version()
+    try:
+        import flash_attn
+
+        found["flash-attn"] = flash_attn.__version__
+    except ImportError:
+        found["flash-attn"] = None
+    return found
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", action="append", help="workloads by name, * is a wildcard")
+    parser.add_argument("--tiny", action="store_true", help="small models, for a CPU")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=6.0, help="per workload, once warm")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = list(tiny_workloads() if arguments.tiny else workloads())
+    if arguments.only:
+        chosen = [w for w in chosen if any(fnmatch.fnmatch(w.name, p) for p in arguments.only)]
+    results: list[Result] = []
+    for model_name in dict.fromkeys(w.model for w in chosen):
+        model = build(model_name, device, dtype)
+        for workload in (w for w in chosen if w.model == model_name):
+            results.append(measure(workload, model, device, arguments.rounds, arguments.seconds))
+            print(table(results[-1:]).splitlines()[2], flush=True)
+            if arguments.json:
+                document = {"versions": versions(device), "results": [asdict(r) for r in results]}
+                arguments.json.write_text(json.dumps(document, indent=1))
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print("\n" + table(results))
+
+
+if __name__ == "__main__":
+    main()
