@@ -7,6 +7,7 @@ Both are functions of the plan and the call alone, so fitting and predicting sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -43,6 +44,8 @@ FEATURES: dict[str, str] = {
 
 #: A model is used up to this multiple of the longest key length it was fitted on.
 MAX_EXTRAPOLATION = 64
+#: A head_dim above the largest one measured costs in proportion, up to this multiple.
+MAX_HEAD_DIM_SCALE = 2
 
 Coefficient = Annotated[float, Field(ge=0.0, le=1e12)]
 
@@ -103,7 +106,7 @@ class Cost(Record):
 class Predictor:
     """Cost models, indexed for prediction."""
 
-    def __init__(self, costs: list[Cost] | tuple[Cost, ...]) -> None:
+    def __init__(self, costs: Sequence[Cost]) -> None:
         order = {name: place for place, name in enumerate(FEATURES)}
         self._models: dict[Any, list[tuple[int, Any, Any, int]]] = {}
         for cost in costs:
@@ -131,14 +134,14 @@ class Predictor:
             entries = self._models.get((backend, *regime[:3], twin))
         if entries is None:
             return None
-        for head_dim, host, device, limit in entries:
-            # The smallest measured head_dim that holds this one: kernels pad to the next size.
-            if head_dim >= regime.head_dim:
-                if call.kv_len > limit:
-                    return None
-                amounts = features(plan, call)
-                return max(_weighted(host, amounts), _weighted(device, amounts))
-        return None
+        # The smallest measured head_dim that holds this one: kernels pad to the next size.
+        holding = (entry for entry in entries if entry[0] >= regime.head_dim)
+        head_dim, host, device, limit = next(holding, entries[-1])
+        scale = max(1.0, regime.head_dim / head_dim)
+        if call.kv_len > limit or scale > MAX_HEAD_DIM_SCALE:
+            return None
+        amounts = features(plan, call)
+        return max(_weighted(host, amounts), scale * _weighted(device, amounts))
 
 
 #: GPUs run both at the same speed.

@@ -44,6 +44,8 @@ def scatter(
 
 def packs_queries(plan: Plan, call: Call) -> bool:
     """Whether padding may be dropped from the queries too, not from the keys alone."""
+    if plan.q_len == 1 and not plan.is_packed:
+        return False
     return plan.is_causal or plan.is_packed or call.self_attention
 
 

@@ -348,10 +348,14 @@ class Plan:
                 if q_index is not None and self.is_aligned and self.q_len == self.kv_len
                 else self._token_index(parts[3], parts[5], total_k, queries=False)
             )
+        longest_q = int(q_length.max(initial=0))
+        if longest_q == 1 and total_q != n:
+            # FlashAttention-2 takes a longest query of 1 for exactly one query per sequence.
+            longest_q = 2
         return VarlenLayout(
             cu_seqlens_q=parts[0],
             cu_seqlens_k=parts[1],
-            max_seqlen_q=int(q_length.max(initial=0)),
+            max_seqlen_q=longest_q,
             max_seqlen_k=int(sequences.k_length.max(initial=0)),
             total_q=total_q,
             total_k=total_k,

@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import stat
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +18,7 @@ from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, mod
 
 from .call import Call
 from .cost import BackendName, Cost, Layout, Mode, Predictor
+from .files import StrPath, read_bounded, write_atomically
 from .machine import Device, Line, Record, Versions, identify, versions
 from .plan import Plan
 
@@ -150,11 +149,12 @@ class Profile(Record):
         """Predicted time of a call in microseconds, or None if it was not measured.
 
         The prediction is the larger one of host and device time. It is None for a backend or a
-        regime (mode, layout, causal or not, dtype) without measurements, for a head_dim above the
-        largest one measured, and for a key length beyond ``MAX_EXTRAPOLATION`` times the longest
-        one measured. Within these bounds the model extrapolates: it is linear in amounts of work.
-        A head_dim between two measured ones costs what the larger one does, and float16 and
-        bfloat16 stand for each other on GPUs.
+        regime (mode, layout, causal or not, dtype) without measurements, and beyond
+        ``MAX_EXTRAPOLATION`` times the longest key length or ``MAX_HEAD_DIM_SCALE`` times the
+        largest head_dim measured. Within these bounds the model extrapolates: it is linear in
+        amounts of work. A head_dim between two measured ones costs what the larger one does, one
+        above all of them costs in proportion, and float16 and bfloat16 stand for each other on
+        GPUs where only one was measured.
         """
         return self._predictor.predict(backend, plan, call)
 
@@ -173,21 +173,25 @@ class Profile(Record):
 # -- reading and writing -------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> Profile:
+def load(path: StrPath) -> Profile:
     """Reads and validates a profile.
 
     Raises:
         ProfileError: the file cannot be read or is no valid profile; the message is one line.
     """
     try:
-        text = _read(path).decode("utf-8")
+        content = read_bounded(path, MAX_BYTES)
+    except OSError as error:
+        raise ProfileError(error.strerror or type(error).__name__) from None
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
+    try:
+        text = content.decode("utf-8")
         # pydantic keeps the last one of two equal keys; nobody can have meant that.
         json.loads(text, object_pairs_hook=_unique)
         return Profile.model_validate_json(text)
     except ProfileError:
         raise
-    except OSError as error:
-        raise ProfileError(error.strerror or type(error).__name__) from None
     except UnicodeDecodeError:
         raise ProfileError("not UTF-8 text") from None
     except ValidationError as error:
@@ -200,28 +204,13 @@ def load(path: str | os.PathLike[str]) -> Profile:
         raise ProfileError(_one_line(f"not valid JSON: {error}")) from None
 
 
-def save(profile: Profile, path: str | os.PathLike[str]) -> None:
+def save(profile: Profile, path: StrPath) -> None:
     """Replaces a profile atomically: a reader sees the old file or the new one, never a part.
 
     Raises:
         OSError: the file cannot be written; whatever was there stays.
     """
     write_atomically(path, profile.to_json().encode())
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a temporary file beside ``path``, flushes it to the disk and renames it."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_for_user(profile: Profile) -> Path:
@@ -238,24 +227,6 @@ def save_for_user(profile: Profile) -> Path:
     with FileLock(path.with_suffix(".lock")):
         save(profile, path)
     return path
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    # Opening a FIFO would wait for a writer without O_NONBLOCK.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        kind = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(kind):
-            raise ProfileError("is a directory")
-        if not stat.S_ISREG(kind):
-            raise ProfileError("not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > MAX_BYTES:
-        raise ProfileError(f"larger than {MAX_BYTES} bytes")
-    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -300,7 +271,15 @@ def shipped_profiles() -> Path:
     return installed if installed.is_dir() else here.parents[1] / "calibration" / "profiles"
 
 
-def find(device: Device | None, given: str | os.PathLike[str] | None = None) -> Found:
+def default_rules() -> tuple[Rule, ...]:
+    """The rules of the built-in default; none if it cannot be read."""
+    try:
+        return load(shipped_profiles() / "default.json").rules
+    except ProfileError:
+        return ()
+
+
+def find(device: Device | None, given: StrPath | None = None) -> Found:
     """Looks a device's profile up: given path, the user's own, a shipped one, the default.
 
     Never raises for what is in the files, and logs nothing.
@@ -337,8 +316,8 @@ def find(device: Device | None, given: str | os.PathLike[str] | None = None) -> 
 
 
 def _sources(
-    device: Device | None, given: str | os.PathLike[str] | None
-) -> Iterator[tuple[str, str | os.PathLike[str] | None]]:
+    device: Device | None, given: StrPath | None
+) -> Iterator[tuple[str, StrPath | None]]:
     if given is not None:
         yield "given by set_profile", given
     else:
@@ -360,11 +339,11 @@ def _mismatch(profile: Profile, device: Device | None) -> str | None:
 
 _lock = threading.Lock()
 _in_force: dict[torch.device, Profile] = {}
-_given: str | os.PathLike[str] | None = None
+_given: StrPath | None = None
 _warned: set[tuple[str, str]] = set()
 
 
-def set_profile(path: str | os.PathLike[str] | None) -> None:
+def set_profile(path: StrPath | None) -> None:
     """Uses the profile at ``path`` from now on, in this process; None goes back to the search.
 
     A file that cannot be used is passed over with a warning at the next attention call.

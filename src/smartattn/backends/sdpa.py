@@ -98,13 +98,17 @@ def attend(
         grouped = _takes_grouped_heads(call, mask)
         if not grouped and call.q_len == 1 and (mask is None or mask.shape[1] == 1):
             # One query: its heads of a group become the queries of one key/value head.
-            folded = query.reshape(call.batch, call.kv_heads, call.group_size, call.head_dim)
+            batch = query.shape[0]
+            folded = query.reshape(batch, call.kv_heads, call.group_size, call.head_dim)
             attended = torch.nn.functional.scaled_dot_product_attention(
                 folded, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
             )
-            return attended.reshape(call.batch, call.heads, 1, call.value_head_dim)
+            return attended.reshape(batch, call.heads, 1, call.value_head_dim)
         if not grouped:
             key, value = _repeated(key, call.group_size), _repeated(value, call.group_size)
+    if key.shape[2] % 32 == 1 and (0 in key.stride() or 0 in value.stride()):
+        # The memory-efficient kernel misreads such broadcast keys: pytorch #191937.
+        key, value = key.contiguous(), value.contiguous()
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         # A caller's own mask; its lowest values must not become infinite in a smaller dtype.
         mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
