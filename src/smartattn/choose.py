@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Decision:
     backend: Backend
     reason: str
     verdicts: tuple[Verdict, ...]
+    profile: Profile
 
     @property
     def predicted_us(self) -> float | None:
@@ -76,7 +78,7 @@ def choose(
         raise UnsupportedCallError(_complaint(verdicts, allowed))
 
     def decide(backend: Backend, reason: str) -> Decision:
-        return Decision(backend, reason, tuple(verdicts.values()))
+        return Decision(backend, reason, tuple(verdicts.values()), profile)
 
     if len(candidates) == 1:
         restricted = " of those allowed" if allowed is not None else ""
@@ -97,6 +99,68 @@ def choose(
                 if backend.name == name:
                     return decide(backend, f"rule of profile {profile.name}: {rule.because}")
     return decide(candidates[0], f"no measurement in profile {profile.name}; first in order")
+
+
+class Chooser:
+    """:func:`choose` with a memory for batches that differ little in size.
+
+    Costs are smooth, so that batches within a few per cent of each other share their choice. What
+    can be run is never remembered: the chosen backend is asked about every plan anew.
+
+    Args:
+        backends: as for :func:`choose`.
+        size: number of choices that are remembered.
+    """
+
+    def __init__(self, backends: Sequence[Backend], size: int = 4096) -> None:
+        self._backends = tuple(backends)
+        self._size = size
+        self._known: dict[Hashable, Decision] = {}
+
+    def __call__(
+        self, plan: Plan, call: Call, profile: Profile, allowed: Sequence[str] | None = None
+    ) -> Decision:
+        """The decision for a call; see :func:`choose`."""
+        key = (id(profile), allowed, _kind(plan, call))
+        known = self._known.get(key)
+        # The entry of a profile that is gone may have come back under the id of another.
+        if (
+            known is not None
+            and known.profile is profile
+            and not known.backend.last_resort
+            and not known.backend.refusals(plan, call)
+        ):
+            return known
+        if len(self._known) >= self._size:
+            self._known.clear()
+        decision = self._known[key] = choose(plan, call, profile, self._backends, allowed)
+        return decision
+
+
+def _kind(plan: Plan, call: Call) -> Hashable:
+    """What a choice depends on, with sizes rounded to an eighth of an octave."""
+    sizes = (call.batch, call.q_len, call.kv_len, plan.real_q, plan.real_k)
+    return (
+        plan.pattern,
+        plan.padding,
+        plan.is_packed,
+        plan.window if plan.window_matters else None,
+        plan.is_aligned,
+        call.device,
+        call.dtype,
+        call.heads,
+        call.kv_heads,
+        call.head_dim,
+        call.value_head_dim,
+        call.grad,
+        call.self_attention,
+        call.keep_padding_output,
+        call.features,
+        call.q_len == 1,
+        len(plan.sequences) if plan.is_packed and plan.sequences is not None else None,
+        *(int(8 * math.log2(size + 1)) for size in sizes),
+        int(8 * math.log2(plan.attended_pairs(True) + 1)),
+    )
 
 
 def _complaint(verdicts: dict[str, Verdict], allowed: Sequence[str] | None) -> str:

@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .backends import BACKENDS
 from .call import Call, Runner
-from .choose import Decision, choose
+from .choose import Chooser, Decision
 from .control import SETTINGS, Settings
 from .mask import PlanMask
 from .plan import BoolArray, Pattern, Plan
@@ -288,6 +288,9 @@ _SELF_ATTENTION_PARAMETERS = frozenset(
 )
 
 
+_chooser = Chooser(BACKENDS)
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     decision: Decision
@@ -529,7 +532,7 @@ def _choose(
         has_eager=eager is not None,
         features=frozenset(wanted),
     )
-    decision = choose(plan, call, profile_for(query.device), BACKENDS, settings.backends)
+    decision = _chooser(plan, call, profile_for(query.device), settings.backends)
     _log(plan, call, decision)
     run = decision.backend.bind(plan, call)
     return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def declared_refusals(support: Support, call: Call) -> list[str]:
     if call.grad and not support.backward:
         reasons.append("has no backward, and a gradient is needed")
     if support.min_capability is not None and kind == "cuda":
-        given = torch.cuda.get_device_capability(call.device)
+        given = _capability(call.device)
         if given < support.min_capability:
             reasons.append(
                 "needs compute capability {}.{}, the device has {}.{}".format(
@@ -127,6 +128,11 @@ def declared_refusals(support: Support, call: Call) -> list[str]:
                 )
             )
     return reasons
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _names(items: frozenset[str] | set[str]) -> str:
