@@ -333,7 +333,7 @@ class Plan:
         offset_q = sequences.row * self.q_len + sequences.q_start - cu_q[:-1]
         offset_k = sequences.row * self.kv_len + sequences.k_start - cu_k[:-1]
         total_q, total_k = int(cu_q[-1]), int(cu_k[-1])
-        uploaded = _upload(
+        uploaded = upload(
             np.concatenate([cu_q, cu_k, offset_q, offset_k, q_length, sequences.k_length]),
             self.device,
         )
@@ -394,8 +394,8 @@ class Plan:
             return None
         else:
             keys = torch.arange(self.kv_len, device=self.device)
-            start = _upload(sequences.k_start, self.device)[:, None]
-            end = start + _upload(sequences.k_length, self.device)[:, None]
+            start = upload(sequences.k_start, self.device)[:, None]
+            end = start + upload(sequences.k_length, self.device)[:, None]
             mask = ((keys >= start) & (keys < end))[:, None, None, :]
         return mask & local_mask(
             self.q_len, self.kv_len, self.shift, self.is_causal, self.window, self.device
@@ -448,7 +448,7 @@ def _cumulative(lengths: IntArray) -> IntArray:
     return result
 
 
-def _upload(values: IntArray, device: torch.device) -> torch.Tensor:
+def upload(values: IntArray, device: torch.device) -> torch.Tensor:
     """Host integers as an int32 tensor on ``device``, without waiting for the device."""
     tensor = torch.from_numpy(values.astype(np.int32))
     if device.type != "cuda":

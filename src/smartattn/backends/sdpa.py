@@ -106,12 +106,33 @@ def attend(
             return attended.reshape(batch, call.heads, 1, call.value_head_dim)
         if not grouped:
             key, value = _repeated(key, call.group_size), _repeated(value, call.group_size)
-    if key.shape[2] % 32 == 1 and (0 in key.stride() or 0 in value.stride()):
-        # The memory-efficient kernel misreads such broadcast keys: pytorch #191937.
+    if key.is_cuda and (0 in key.stride() or 0 in value.stride()):
+        # The memory-efficient kernel misreads broadcast keys at some lengths: pytorch #191937.
         key, value = key.contiguous(), value.contiguous()
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         # A caller's own mask; its lowest values must not become infinite in a smaller dtype.
         mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+    if mask is not None and mask.is_cuda and mask.shape[-2] * mask.shape[-1] > _MASK_LIMIT:
+        # Offsets into the mask overflow in the memory-efficient kernel: pytorch #187227.
+        rows = max(1, _MASK_LIMIT // mask.shape[-1])
+        parts = zip(query.split(rows, dim=2), mask.split(rows, dim=2), strict=True)
+        return torch.cat([_sdpa(q, key, value, m, False, False, call) for q, m in parts], dim=2)
+    return _sdpa(query, key, value, mask, causal, grouped, call)
+
+
+#: Elements of one (q_len, kv_len) mask that 32-bit offsets reach.
+_MASK_LIMIT = 2**32
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    grouped: bool,
+    call: Call,
+) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,

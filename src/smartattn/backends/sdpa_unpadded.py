@@ -10,7 +10,7 @@ import torch
 
 from ..call import Call, Runner
 from ..packing import packs_queries, varlen_refusals
-from ..plan import Padding, Plan, local_mask
+from ..plan import Padding, Plan, local_mask, upload
 from .base import Backend, Support
 from .sdpa import attend
 
@@ -69,7 +69,7 @@ class SdpaUnpaddedBackend(Backend):
 
 
 def _groups(plan: Plan, pack_queries: bool) -> list[tuple[Any, slice, slice]]:
-    """(rows, query slice, key slice) of sequences that lie alike; rows is a slice or a list."""
+    """(rows, query slice, key slice) of sequences that lie alike; rows is a slice or a tensor."""
     sequences = plan.sequences
     assert sequences is not None
     q_start, q_length = sequences.q_start, sequences.q_length
@@ -86,6 +86,9 @@ def _groups(plan: Plan, pack_queries: bool) -> list[tuple[Any, slice, slice]]:
     groups = []
     for (q0, nq, k0, nk), rows in alike.items():
         consecutive = rows[-1] - rows[0] + 1 == len(rows)
-        chosen = slice(rows[0], rows[-1] + 1) if consecutive else rows
+        if consecutive:
+            chosen: Any = slice(rows[0], rows[-1] + 1)
+        else:
+            chosen = upload(np.array(rows), plan.device).long()
         groups.append((chosen, slice(q0, q0 + nq), slice(k0, k0 + nk)))
     return groups
