@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .backends import BACKENDS
 from .call import Call, Runner
-from .choose import Chooser, Decision
+from .choose import Chooser, Decision, UnsupportedCallError
 from .control import SETTINGS, Settings
 from .mask import PlanMask
 from .plan import BoolArray, Pattern, Plan
@@ -66,9 +66,9 @@ def smart_mask(
     Arguments are those of ``transformers.masking_utils.sdpa_mask``.
 
     Returns:
-        A :class:`~smartattn.mask.PlanMask`. Where values cannot be read (tracing, compiling) or a
-        compiled step may follow (static caches), what ``sdpa`` would get; for models that never
-        call the attention function, what eager attention would get.
+        A :class:`~smartattn.mask.PlanMask`. While a graph is traced, what ``sdpa`` would get; where
+        a compiled step follows (decoding with a static cache), and for models that never call the
+        attention function, what eager attention would get.
     """
     arguments: dict[str, Any] = {
         "batch_size": batch_size,
@@ -83,68 +83,100 @@ def smart_mask(
         "device": device,
         **kwargs,
     }
-    if config is not None and not _calls_attention_function(type(config)):
-        mask: torch.Tensor | None = masks.eager_mask(
-            **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
-        )
-        return mask
-    if _cannot_be_read(attention_mask, q_offset, device):
-        mask = masks.sdpa_mask(
+    if is_tracing(attention_mask) or torch.device(device).type == "meta":
+        # A graph of one model must not mix kinds of masks: here all are what sdpa gets.
+        mask: torch.Tensor | None = masks.sdpa_mask(
             **arguments,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
+        if mask is not None and not _calls_attention_function(config):
+            mask = torch.where(
+                mask, torch.zeros((), dtype=dtype, device=mask.device), _lowest(dtype)
+            )
         return mask
-    assert isinstance(q_offset, int)
-    # The lengths are tensors under some tracers only; everything from here on counts with them.
     known = _recognise(mask_function, kv_length + kv_offset)
+    # generate compiles the decode step of a static cache, but makes its mask outside of it.
+    may_be_compiled = isinstance(q_offset, torch.Tensor) and q_length == 1
+    flat = attention_mask is None or attention_mask.ndim == 2
+    if may_be_compiled or not flat or not _calls_attention_function(config):
+        mask = masks.eager_mask(
+            **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
+        return mask
+    dense = functools.partial(
+        masks.sdpa_mask, **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+    )
+    if known.pattern is Pattern.OTHER:
+        mask = dense()
+        plan = Plan(
+            batch_size, q_length, kv_length, Pattern.OTHER, torch.device(device), dense=lambda: mask
+        )
+        return PlanMask(plan, dtype)
     real = real_on_device = packed = None
-    if known.pattern is not Pattern.OTHER and attention_mask is not None:
+    if attention_mask is not None:
         padded = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         assert padded is not None
         real_on_device = padded[:, kv_offset : kv_offset + kv_length]
-        real = _to_host(real_on_device)
+    real, offset = _read(real_on_device, q_offset)
     if known.packed_ids is not None:
         packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)
+    elif attention_mask is None and offset == kv_offset and q_length == kv_length > 1:
+        packed = _packed_despite_cache(batch_size, q_length)
     plan = Plan(
         batch_size,
         q_length,
         kv_length,
         known.pattern,
         torch.device(device),
-        shift=q_offset - kv_offset,
+        shift=offset - kv_offset,
         window=known.window,
         real=real,
         real_on_device=real_on_device,
         packed=packed,
-        dense=functools.partial(
-            masks.sdpa_mask,
-            **arguments,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-        ),
-    )
-    plan.may_hide_packing = (
-        attention_mask is None
-        and packed is None
-        and plan.is_causal
-        and batch_size == 1
-        and plan.is_aligned
-        and q_length == kv_length > 1
+        dense=dense if packed is None or known.packed_ids is not None else None,
     )
     return PlanMask(plan, dtype)
 
 
-def _cannot_be_read(
-    attention_mask: torch.Tensor | None, q_offset: int | torch.Tensor, device: torch.device | str
-) -> bool:
-    """Whether the batch cannot be measured here, or its plan could not be used."""
-    if isinstance(q_offset, torch.Tensor):
-        # A static cache: generate makes these masks outside of the decode step that it compiles.
-        return True
-    if attention_mask is not None and attention_mask.ndim != 2:
-        return True
-    return is_tracing(attention_mask) or torch.device(device).type == "meta"
+def _lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min
+
+
+def _read(real: torch.Tensor | None, q_offset: int | torch.Tensor) -> tuple[BoolArray | None, int]:
+    """The 2D mask and the offset of the first query on the host, with one copy for both."""
+    if not isinstance(q_offset, torch.Tensor):
+        return None if real is None else _to_host(real), q_offset
+    if real is None:
+        return None, int(q_offset)
+    both = torch.cat((real.reshape(-1).to(torch.int32), q_offset.reshape(1).to(torch.int32)))
+    values = both.cpu().numpy()
+    return values[:-1].reshape(real.shape).astype(bool), int(values[-1])
+
+
+def _packed_despite_cache(batch: int, length: int) -> BoolArray | None:
+    """Where sequences begin, in a forward that fills an empty cache from several of them.
+
+    Transformers looks for restarting position_ids only if there is no cache, and lets the
+    sequences of a row see each other otherwise. The mask function is not handed the position_ids;
+    they are parameters of the function that calls it. None if they show a single sequence.
+    """
+    caller = sys._getframe(2)
+    if caller.f_code.co_filename != masks.__file__:
+        return None
+    position_ids = caller.f_locals.get("position_ids")
+    if caller.f_locals.get("past_key_values") is None or not isinstance(position_ids, torch.Tensor):
+        return None
+    if position_ids.shape not in ((1, length), (batch, length)):
+        return None
+    positions = position_ids.cpu().expand(batch, length)
+    starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
+    # Every sequence begins as the row does; other jumps mean something else.
+    first = positions[:, :1].expand(batch, length)
+    if not bool(starts.any()) or bool((positions[starts] != first[starts]).any()):
+        return None
+    array: BoolArray = starts.numpy()
+    return array
 
 
 def _to_host(flags: torch.Tensor) -> BoolArray:
@@ -152,15 +184,16 @@ def _to_host(flags: torch.Tensor) -> BoolArray:
     return array
 
 
-def _calls_attention_function(config_class: type) -> bool:
-    """Whether the models of a configuration go through the attention registry.
+def _calls_attention_function(config: Any) -> bool:
+    """Whether the model of a configuration goes through the attention registry.
 
     Some architectures compute eager attention themselves and add the mask they are given; they
     need the additive mask. False only where the modeling code is known not to name the registry.
     """
-    if config_class.__module__.split(".")[0] != "transformers":
+    module = type(config).__module__
+    if not module.startswith("transformers."):
         return True
-    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    name = module.replace(".configuration_", ".modeling_")
     modeling = sys.modules.get(name)
     return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
@@ -316,7 +349,8 @@ def smart_attention(
         query: (batch, heads, q_len, head_dim).
         key, value: (batch, kv_heads, kv_len, head_dim or value_head_dim).
         attention_mask: what :func:`smart_mask` returned, a caller's own mask, or None.
-        is_causal: what a None mask means; by default the layer's own ``is_causal``.
+        is_causal: what a None mask means. Without it None hides nothing, as in eager attention:
+            :func:`smart_mask` never says causal by None, so that such a mask is a model's own.
 
     Returns:
         (batch, q_len, heads, value_head_dim) and None: attention weights are never computed.
@@ -342,9 +376,11 @@ def smart_attention(
             **kwargs,
         )
         return output, weights
-    plan = _plan_of(module, query, key, attention_mask, is_causal)
-    if plan.may_hide_packing or kwargs.get("cu_seq_lens_q") is not None:
-        plan = _unhidden(plan, query, kwargs)
+    plan = _plan_of(query, key, attention_mask, is_causal)
+    if kwargs.get("cu_seq_lens_q") is not None:
+        plan = _packed_by_arguments(plan, kwargs)
+    if not kwargs.keys().isdisjoint(_SELECTIONS):
+        plan = _narrowed(module, query, key, plan, kwargs)
     settings = SETTINGS.get()
     features: tuple[str, ...] = ()
     if kwargs.keys() - NEUTRAL_ARGUMENTS:
@@ -379,85 +415,66 @@ def smart_attention(
 
 
 def _plan_of(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool | None,
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool | None
 ) -> Plan:
     """The plan that a mask carries, or one for a mask that carries none."""
-    q_len, kv_len = query.shape[2], key.shape[2]
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
-        if is_causal is None:
-            is_causal = bool(getattr(module, "is_causal", False))
-        causal = bool(is_causal) and q_len > 1
-        return _unmasked_plan(query.shape[0], q_len, kv_len, causal, query.device)
+        return _unmasked_plan(batch, q_len, kv_len, bool(is_causal) and q_len > 1, query.device)
     if type(mask) is PlanMask:
         plan = mask.plan
         if plan is not None:
             if plan.device != query.device:
                 plan = plan.on(query.device)
-            if plan.q_len == q_len and plan.kv_len == key.shape[2]:
+            if plan.q_len == q_len and plan.kv_len == kv_len:
                 return plan
-            mask = plan.dense_mask()
-            if mask is None:
-                return _unmasked_plan(query.shape[0], q_len, kv_len, False, query.device)
+            given = plan.dense_mask()
+            assert given is not None
+            mask = given
         else:
             mask = mask.dense()
     if mask.device != query.device:
         mask = mask.to(query.device)
-    return Plan(query.shape[0], q_len, kv_len, Pattern.OTHER, query.device, given=mask)
+    return Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
 
 
 @functools.lru_cache(maxsize=256)
 def _unmasked_plan(batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Plan:
     """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward."""
-    # A None mask with more keys than queries is the first step of an empty static cache.
     pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
     return Plan(batch, q_len, kv_len, pattern, device)
 
 
-def _unhidden(plan: Plan, query: torch.Tensor, kwargs: Mapping[str, Any]) -> Plan:
-    """The plan of a packed batch whose sequences only the layer's arguments show."""
-    source = kwargs.get("cu_seq_lens_q")
-    if source is None:
-        source = kwargs.get("position_ids")
-        if source is None or not plan.may_hide_packing or source.shape != (1, plan.q_len):
-            return plan
-    elif plan.is_packed or plan.pattern is Pattern.OTHER:
+def _packed_by_arguments(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
+    """The plan of a packed batch whose sequences the layer's arguments show."""
+    if plan.is_packed or plan.pattern is Pattern.OTHER:
         return plan
+    source = kwargs["cu_seq_lens_q"]
     known = plan.packings.get(id(source))
     # The entry holds its tensor, so the id cannot be another tensor's by now.
     if known is None:
-        known = plan.packings[id(source)] = (source, _packed_plan(plan, source, kwargs))
+        known = plan.packings[id(source)] = (source, _packed_plan(plan, kwargs))
     return known[1]
 
 
-def _packed_plan(plan: Plan, source: torch.Tensor, kwargs: Mapping[str, Any]) -> Plan:
+def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
+    source, of_keys = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
     total = plan.batch * plan.q_len
-    if kwargs.get("cu_seq_lens_q") is source:
-        bounds = source.cpu()
-        if plan.q_len != plan.kv_len or plan.is_padded:
-            raise ValueError(
-                "cu_seq_lens_q describes a batch without padding and without earlier tokens, "
-                f"given {plan.q_len} queries, {plan.kv_len} keys and {plan.padding.value} padding"
-            )
-        of_keys = kwargs.get("cu_seq_lens_k")
-        if of_keys is not None and of_keys is not source and not torch.equal(bounds, of_keys.cpu()):
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k of self-attention must be equal")
-        if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != total:
-            raise ValueError(
-                f"cu_seq_lens_q must run from 0 to the {total} tokens of the batch, "
-                f"given {bounds.tolist()[:8]}"
-            )
-        starts = torch.zeros(total, dtype=torch.bool)
-        starts[bounds[:-1].long()] = True
-    else:
-        positions = source[0].cpu()
-        starts = positions.diff(prepend=positions[:1] - 1) != 1
-        if not bool(starts.any()) or bool((positions[starts] != positions[0]).any()):
-            plan.may_hide_packing = False
-            return plan
+    if plan.q_len != plan.kv_len or plan.is_padded:
+        raise ValueError(
+            "cu_seq_lens_q describes a batch without padding and without earlier tokens, "
+            f"given {plan.q_len} queries, {plan.kv_len} keys and {plan.padding.value} padding"
+        )
+    bounds = source.cpu()
+    if of_keys is not None and of_keys is not source and not torch.equal(bounds, of_keys.cpu()):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k of self-attention must be equal")
+    if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != total:
+        raise ValueError(
+            f"cu_seq_lens_q must run from 0 to the {total} tokens of the batch, "
+            f"given {bounds.tolist()[:8]}"
+        )
+    starts = torch.zeros(total, dtype=torch.bool)
+    starts[bounds[:-1].long()] = True
     return Plan(
         plan.batch,
         plan.q_len,
@@ -467,6 +484,65 @@ def _packed_plan(plan: Plan, source: torch.Tensor, kwargs: Mapping[str, Any]) ->
         window=plan.window,
         packed=starts.view(plan.batch, plan.q_len).numpy(),
     )
+
+
+#: Arguments by which sparse attention names the keys (or blocks of keys) of every query. Models
+#: hand them over instead of narrowing the mask, unless the implementation is eager or sdpa.
+_SELECTIONS = ("indices", "block_indices")
+
+
+def _narrowed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    plan: Plan,
+    kwargs: dict[str, Any],
+) -> Plan:
+    """The plan of sparse attention: the mask, narrowed to the keys that were selected."""
+    selections = {name: kwargs.pop(name, None) for name in _SELECTIONS}
+    if all(value is None for value in selections.values()):
+        return plan
+    mask = plan.additive_mask(query.dtype)
+    mask = narrow(module, query, key, mask, kwargs.get("position_ids"), **selections)
+    return Plan(plan.batch, plan.q_len, plan.kv_len, Pattern.OTHER, plan.device, given=mask)
+
+
+def narrow(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+) -> torch.Tensor:
+    """The additive mask of sparse attention.
+
+    Args:
+        mask: additive (batch, 1, q_len, kv_len) mask or None.
+        indices: (batch, q_len, selected) keys of every query (DeepSeek's sparse attention).
+        block_indices: blocks of keys, which the layer's own indexer turns into a mask (MiniMax M3).
+    """
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    if indices is not None:
+        hidden = torch.ones(batch, q_len, kv_len, dtype=torch.bool, device=query.device)
+        hidden = hidden.scatter(-1, indices.long(), False).unsqueeze(1)
+        if mask is None:
+            mask = torch.zeros((), dtype=query.dtype, device=query.device)
+        return mask.masked_fill(hidden, _lowest(query.dtype))
+    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if build is None:
+        raise UnsupportedCallError(
+            "block_indices: no backend implements this sparse attention; "
+            "load the model with attn_implementation='eager' instead."
+        )
+    if position_ids is None:
+        position_ids = torch.arange(kv_len - q_len, kv_len, device=query.device)
+    position_ids = (position_ids if position_ids.ndim > 1 else position_ids[None]).expand(batch, -1)
+    narrowed: torch.Tensor = build(
+        block_indices, mask, kv_len, query.dtype, query.device, position_ids
+    )
+    return narrowed
 
 
 def _features(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -592,6 +668,13 @@ def _compiled_attention(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
+    if not kwargs.keys().isdisjoint(_SELECTIONS):
+        selections = {name: kwargs.pop(name, None) for name in _SELECTIONS}
+        if any(value is not None for value in selections.values()):
+            if mask is not None and mask.dtype == torch.bool:
+                zero = torch.zeros((), dtype=query.dtype, device=query.device)
+                mask = torch.where(mask, zero, _lowest(query.dtype))
+            mask = narrow(module, query, key, mask, kwargs.get("position_ids"), **selections)
     beyond_sdpa = False
     for name in _features(kwargs):
         beyond_sdpa = beyond_sdpa or name != "position_bias"
@@ -619,7 +702,7 @@ def _compiled_attention(
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
-        mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
+        mask = torch.where(mask, zero, _lowest(query.dtype))
     output, weights = eager(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )

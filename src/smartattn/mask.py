@@ -37,7 +37,7 @@ class PlanMask(torch.Tensor):
     """
 
     # ``__dict__`` entries of the instances.
-    _plan: Plan
+    _plan: Plan | None
     _dense: torch.Tensor | None
 
     def __new__(cls, plan: Plan, dtype: torch.dtype) -> PlanMask:
@@ -65,6 +65,7 @@ class PlanMask(torch.Tensor):
         Every call returns the same memory, so that what one operation writes the next one reads.
         """
         if self._dense is None:
+            assert self._plan is not None
             mask = self._plan.additive_mask(self.dtype)
             if mask is None:
                 dense = torch.zeros(self.shape, dtype=self.dtype, device=self._plan.device)
@@ -75,8 +76,11 @@ class PlanMask(torch.Tensor):
         return self._dense
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        facts = ", ".join(f"{k}={v}" for k, v in self._plan.describe().items() if v is not None)
-        return f"PlanMask({facts}, dtype={self.dtype}, device={self._plan.device})"
+        described = {} if self._plan is None else self._plan.describe()
+        facts = "".join(
+            f"{name}={value}, " for name, value in described.items() if value is not None
+        )
+        return f"PlanMask({facts}dtype={self.dtype}, device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = torch.Tensor.__reduce_ex__(self.dense(), protocol)  # type: ignore[no-untyped-call]
@@ -106,8 +110,33 @@ class PlanMask(torch.Tensor):
                 return PlanMask(plan, first.dtype)
             if func is _aten._to_copy.default and _only_moves(kwargs):
                 return PlanMask(plan.on(torch.device(kwargs["device"])), first.dtype)
-        args, kwargs = tree_map_only(PlanMask, PlanMask.dense, (args, kwargs))
+        dense = PlanMask.dense
+        if func is _aten.cat.default and any(part.dtype == torch.bool for part in args[0]):
+            # Beside a boolean mask it is one too.
+            dense = PlanMask._boolean
+        args, kwargs = tree_map_only(PlanMask, dense, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _boolean(self) -> torch.Tensor:
+        return self.dense() == 0
+
+    # While a graph is traced the mask is the dense one: its plan cannot be read there.
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        self.dense()
+        return ["_dense"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any
+    ) -> PlanMask:
+        dense = inner["_dense"]
+        mask: PlanMask = torch.Tensor._make_wrapper_subclass(
+            PlanMask, dense.shape, dtype=dense.dtype, device=dense.device
+        )
+        mask._plan = None
+        mask._dense = dense
+        return mask
 
 
 def _only_moves(kwargs: dict[str, Any]) -> bool:

@@ -150,8 +150,6 @@ class Plan:
         self._twins: dict[torch.device, Plan] = {device: self}
         #: Choices already made for the layers of this forward, see ``integration``.
         self.decisions: dict[Any, Any] = {}
-        #: No mask was given, so that the layers' position_ids may show several sequences.
-        self.may_hide_packing = False
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
         self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
 
