@@ -90,11 +90,7 @@ def smart_mask(
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         )
-        if mask is not None and not _calls_attention_function(config):
-            mask = torch.where(
-                mask, torch.zeros((), dtype=dtype, device=mask.device), _lowest(dtype)
-            )
-        return mask
+        return mask if _calls_attention_function(config) else _additive(mask, dtype)
     known = _recognise(mask_function, kv_length + kv_offset)
     # generate compiles the decode step of a static cache, but makes its mask outside of it.
     may_be_compiled = isinstance(q_offset, torch.Tensor) and q_length == 1
@@ -137,6 +133,12 @@ def smart_mask(
         dense=dense if packed is None or known.packed_ids is not None else None,
     )
     return PlanMask(plan, dtype)
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), _lowest(dtype))
 
 
 def _lowest(dtype: torch.dtype) -> float:
@@ -379,7 +381,7 @@ def smart_attention(
     plan = _plan_of(query, key, attention_mask, is_causal)
     if kwargs.get("cu_seq_lens_q") is not None:
         plan = _packed_by_arguments(plan, kwargs)
-    if not kwargs.keys().isdisjoint(_SELECTIONS):
+    if "indices" in kwargs or "block_indices" in kwargs:
         plan = _narrowed(module, query, key, plan, kwargs)
     settings = SETTINGS.get()
     features: tuple[str, ...] = ()
@@ -486,11 +488,6 @@ def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
     )
 
 
-#: Arguments by which sparse attention names the keys (or blocks of keys) of every query. Models
-#: hand them over instead of narrowing the mask, unless the implementation is eager or sdpa.
-_SELECTIONS = ("indices", "block_indices")
-
-
 def _narrowed(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -498,12 +495,17 @@ def _narrowed(
     plan: Plan,
     kwargs: dict[str, Any],
 ) -> Plan:
-    """The plan of sparse attention: the mask, narrowed to the keys that were selected."""
-    selections = {name: kwargs.pop(name, None) for name in _SELECTIONS}
-    if all(value is None for value in selections.values()):
+    """The plan of sparse attention: the mask, narrowed to the keys that were selected.
+
+    Models hand the selected keys (or blocks of keys) of every query over as an argument, unless the
+    implementation is eager or sdpa: then they narrow the mask themselves.
+    """
+    indices, block_indices = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if indices is None and block_indices is None:
         return plan
     mask = plan.additive_mask(query.dtype)
-    mask = narrow(module, query, key, mask, kwargs.get("position_ids"), **selections)
+    positions = kwargs.get("position_ids")
+    mask = narrow(module, query, key, mask, positions, indices, block_indices)
     return Plan(plan.batch, plan.q_len, plan.kv_len, Pattern.OTHER, plan.device, given=mask)
 
 
@@ -668,13 +670,11 @@ def _compiled_attention(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
-    if not kwargs.keys().isdisjoint(_SELECTIONS):
-        selections = {name: kwargs.pop(name, None) for name in _SELECTIONS}
-        if any(value is not None for value in selections.values()):
-            if mask is not None and mask.dtype == torch.bool:
-                zero = torch.zeros((), dtype=query.dtype, device=query.device)
-                mask = torch.where(mask, zero, _lowest(query.dtype))
-            mask = narrow(module, query, key, mask, kwargs.get("position_ids"), **selections)
+    indices, block_indices = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if indices is not None or block_indices is not None:
+        mask = _additive(mask, query.dtype)
+        positions = kwargs.get("position_ids")
+        mask = narrow(module, query, key, mask, positions, indices, block_indices)
     beyond_sdpa = False
     for name in _features(kwargs):
         beyond_sdpa = beyond_sdpa or name != "position_bias"
@@ -700,9 +700,7 @@ def _compiled_attention(
     if mask is None and query.shape[2] > 1 and (is_causal or getattr(module, "is_causal", False)):
         q_len, kv_len = query.shape[2], key.shape[2]
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        zero = torch.zeros((), dtype=query.dtype, device=query.device)
-        mask = torch.where(mask, zero, _lowest(query.dtype))
+    mask = _additive(mask, query.dtype)
     output, weights = eager(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )
