@@ -18,7 +18,7 @@ from .backends.sdpa import needs_no_mask
 from .call import Call
 from .machine import Record
 from .packing import packs_queries
-from .plan import Plan
+from .plan import Padding, Plan
 
 Mode = Literal["forward", "train", "decode"]
 Layout = Literal["plain", "right", "padded", "masked", "packed"]
@@ -125,22 +125,23 @@ class Predictor:
 
     def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
         """Microseconds of a call, None where no model covers it; see :meth:`Profile.predict`."""
-        regime = regime_of(plan, call)
+        regime, amounts = _seen(plan, call)
         if regime is None:
             return None
-        entries = self._models.get((backend, *regime[:4]))
-        if entries is None and regime.dtype in _TWIN_DTYPES and call.device.type == "cuda":
-            twin = _TWIN_DTYPES[regime.dtype]
-            entries = self._models.get((backend, *regime[:3], twin))
+        mode, layout, causal, dtype, wanted_dim = regime
+        entries = self._models.get((backend, mode, layout, causal, dtype))
+        if entries is None and dtype in _TWIN_DTYPES and call.device.type == "cuda":
+            entries = self._models.get((backend, mode, layout, causal, _TWIN_DTYPES[dtype]))
         if entries is None:
             return None
         # The smallest measured head_dim that holds this one: kernels pad to the next size.
-        holding = (entry for entry in entries if entry[0] >= regime.head_dim)
-        head_dim, host, device, limit = next(holding, entries[-1])
-        scale = max(1.0, regime.head_dim / head_dim)
+        for entry in entries:
+            if entry[0] >= wanted_dim:
+                break
+        head_dim, host, device, limit = entry
+        scale = max(1.0, wanted_dim / head_dim)
         if call.kv_len > limit or scale > MAX_HEAD_DIM_SCALE:
             return None
-        amounts = features(plan, call)
         return max(_weighted(host, amounts), scale * _weighted(device, amounts))
 
 
@@ -190,50 +191,55 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def features(plan: Plan, call: Call) -> tuple[float, ...]:
     """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
     pack_queries = packs_queries(plan, call)
-    sequences, groups, longest, real_q, real_k = _facts(plan)
-    pairs = plan.attended_pairs(pack_queries) * 1e-6
-    dense = plan.batch * call.q_len * plan.visible * 1e-6
-    heads, kv_heads = call.heads, call.kv_heads
+    sequences, groups, longest = _facts(plan)
+    heads, kv_heads, visible = call.heads, call.kv_heads, plan.visible
     queries = call.batch * call.q_len * 1e-3
-    keys = call.batch * plan.visible * 1e-3
+    keys = call.batch * visible * 1e-3
+    dense = queries * visible * 1e-3
     return (
         1.0,
         groups,
         sequences * heads * 1e-3,
         dense * heads,
-        pairs * heads,
+        plan.attended_pairs(pack_queries) * heads * 1e-6,
         dense,
         queries * heads,
-        real_q * heads * 1e-3 if pack_queries else queries * heads,
+        plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
         keys * kv_heads,
-        real_k * kv_heads * 1e-3,
+        plan.real_k * kv_heads * 1e-3,
         keys * (heads - kv_heads),
         longest * 1e-3,
-        plan.visible * 1e-3,
+        visible * 1e-3,
     )
 
 
-#: Facts are asked for once per backend and layer signature; entries go with their plan.
-_FACTS: WeakKeyDictionary[Plan, tuple[int, int, int, int, int]] = WeakKeyDictionary()
+def _facts(plan: Plan) -> tuple[int, int, int]:
+    """(sequences, groups that lie alike, keys of the longest)."""
+    sequences = plan.sequences
+    assert sequences is not None
+    if not plan.is_padded and not plan.is_packed:
+        return len(sequences), 1, plan.visible
+    lengths = sequences.k_length.tolist()
+    distinct = set(lengths)
+    distinct.discard(0)
+    # Rows that are padded on one side lie alike if they are equally long.
+    alike = plan.padding in (Padding.LEFT, Padding.RIGHT)
+    return len(lengths), len(distinct) if alike else len(lengths), max(distinct, default=0)
 
 
-def _facts(plan: Plan) -> tuple[int, int, int, int, int]:
-    facts = _FACTS.get(plan)
-    if facts is None:
-        sequences = plan.sequences
-        assert sequences is not None
-        spans = zip(
-            sequences.q_start.tolist(),
-            sequences.q_length.tolist(),
-            sequences.k_start.tolist(),
-            sequences.k_length.tolist(),
-            strict=True,
-        )
-        facts = _FACTS[plan] = (
-            len(sequences),
-            len(set(spans)),
-            int(sequences.k_length.max(initial=0)),
-            plan.real_q,
-            plan.real_k,
-        )
-    return facts
+class _Seen(NamedTuple):
+    call: Call
+    regime: Regime | None
+    amounts: tuple[float, ...]
+
+
+#: The last call that was asked about, per plan: every backend is asked about the same one in turn.
+_LAST: WeakKeyDictionary[Plan, _Seen] = WeakKeyDictionary()
+
+
+def _seen(plan: Plan, call: Call) -> tuple[Regime | None, tuple[float, ...]]:
+    seen = _LAST.get(plan)
+    if seen is None or seen.call is not call:
+        regime = regime_of(plan, call)
+        seen = _LAST[plan] = _Seen(call, regime, () if regime is None else features(plan, call))
+    return seen.regime, seen.amounts

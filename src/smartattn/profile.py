@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import platformdirs
 import torch
 from filelock import FileLock
-from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from .call import Call
 from .cost import BackendName, Cost, Layout, Mode, Predictor
@@ -132,18 +133,20 @@ class Profile(Record):
     thresholds: Annotated[tuple[Threshold, ...], Field(max_length=5000)] = ()
     costs: Annotated[tuple[Cost, ...], Field(max_length=10_000)] = ()
 
-    _predictor: Predictor = PrivateAttr()
-
     @model_validator(mode="after")
-    def _index(self) -> Profile:
+    def _one_cost_per_regime(self) -> Profile:
         seen = set()
         for cost in self.costs:
             key = (cost.backend, cost.regime)
             if key in seen:
                 raise ValueError(f"two costs for {cost.backend} in one regime: {cost.regime}")
             seen.add(key)
-        self._predictor = Predictor(self.costs)
         return self
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """The costs, indexed for prediction."""
+        return Predictor(self.costs)
 
     def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
         """Predicted time of a call in microseconds, or None if it was not measured.
@@ -156,7 +159,7 @@ class Profile(Record):
         above all of them costs in proportion, and float16 and bfloat16 stand for each other on
         GPUs where only one was measured.
         """
-        return self._predictor.predict(backend, plan, call)
+        return self.predictor.predict(backend, plan, call)
 
     def rule(self, plan: Plan, call: Call) -> Rule | None:
         """The first rule whose conditions hold."""
@@ -315,9 +318,7 @@ def find(device: Device | None, given: StrPath | None = None) -> Found:
     )
 
 
-def _sources(
-    device: Device | None, given: StrPath | None
-) -> Iterator[tuple[str, StrPath | None]]:
+def _sources(device: Device | None, given: StrPath | None) -> Iterator[tuple[str, StrPath | None]]:
     if given is not None:
         yield "given by set_profile", given
     else:

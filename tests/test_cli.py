@@ -1,0 +1,268 @@
+"""The command line: exit codes, one line per mistake, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smartattn import __version__, calibrate, cli, grid, machine, profile, samples
+from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
+    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    # Tables are as wide as the terminal; nothing is to be cut off here.
+    monkeypatch.setenv("COLUMNS", "200")
+    profile.set_profile(None)
+    yield
+    profile.set_profile(None)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = grid.Family("forward", False, ("left",), "float32", 64)
+    monkeypatch.setattr(grid, "families", lambda kind, mode: [family])
+    limits = grid.Limits(512, 4096, 1e8, 1e8, max_batch=16)
+    monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
+
+
+QUICK = ["calibrate", "--device", "cpu", "--quick", "--budget"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["calibrate", "--device", "mars"], "cuda:N"),
+        (["calibrate", "--device", "meta"], "cuda:N"),
+        (["calibrate", "--device", "cpu", "--output", "{tmp}/no/p.json"], "make it first"),
+        (["calibrate", "--device", "cpu", "--output", "{tmp}"], "name a file"),
+        (["calibrate", "--device", "cpu", "--output", "/proc/p.json"], "--output"),
+        (["calibrate", "--unknown"], "calibrate --help"),
+        (["calibrate", "--budget", "soon"], "budget"),
+        (["calibrate", "--budget", "-5"], "budget"),
+        (["calibrate", "--budget", "nan"], "budget"),
+        (["calibrate", "surplus"], "surplus"),
+        (["unknown"], "--help"),
+        (["--unknown"], "--help"),
+        (["profiles", "unknown"], "--help"),
+        (["fit"], "fit --help"),
+        (["fit", "{tmp}/missing"], "No such file"),
+        (["fit", "{tmp}"], "directory"),
+        (["fit", "{tmp}/text"], "safetensors"),
+        (["show", "--profile", "{tmp}/missing.json"], "No such file"),
+        (["show", "--profile", "{tmp}/text"], "not valid JSON"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("hello")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert cli.run(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("smartattn: ")
+    assert says in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_missing_gpu_is_said(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["calibrate", "--device", name]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(
+        machine,
+        "identify",
+        lambda device: machine.Device(kind="cuda", name=names[device.index], capability="9.0"),
+    )
+
+
+def test_each_distinct_gpu_is_measured_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_gpus(monkeypatch, ["H200", "H200", "A100", "H200"])
+    assert [str(device) for device in cli._devices(None)] == ["cuda:0", "cuda:2"]
+    assert [str(device) for device in cli._devices("cuda")] == ["cuda:0", "cuda:2"]
+    assert [str(device) for device in cli._devices("cuda:3")] == ["cuda:3"]
+    assert [str(device) for device in cli._devices("cpu")] == ["cpu"]
+    assert cli.run(["calibrate", "--device", "cuda:4"]) == 2
+    assert "cuda:0 to cuda:3" in capsys.readouterr().err
+    assert cli.run(["calibrate", "--output", "p.json"]) == 2
+    assert "--device cuda:N" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli._devices(None) == [CPU]
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"smartattn {__version__}\n"
+    for arguments in (["--help"], ["calibrate", "--help"], ["profiles", "--help"]):
+        assert cli.run(arguments) == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    found = subprocess.run(
+        [sys.executable, "-m", "smartattn", "calibrate", "--device", "moon"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert found.stderr == "smartattn: 'moon' is no device; use cpu, cuda or cuda:N\n"
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*QUICK, "2"]) == 0
+    out = capsys.readouterr().out
+    identity = machine.identify(CPU)
+    assert identity is not None
+    assert "Measuring" in out
+    assert "Thresholds" in out
+    path = calibrate.default_path(identity)
+    assert str(path) in out
+
+    assert cli.run([*QUICK, "2"]) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+    assert cli.run(["show"]) == 0
+    out = capsys.readouterr().out
+    assert "the user's own" in out
+    assert "sdpa_unpadded" in out
+
+    raw = calibrate.samples_path(identity, "quick")
+    assert cli.run(["fit", str(raw), "--output", str(tmp_path / "again.json")]) == 0
+    assert profile.load(tmp_path / "again.json").costs == profile.load(path).costs
+    capsys.readouterr()
+
+    assert cli.run(["show", "--profile", str(tmp_path / "again.json")]) == 0
+    assert str(identity) in capsys.readouterr().out
+
+    (path.parent / "broken.json").write_text("{")
+    assert cli.run(["profiles", "list"]) == 0
+    out = capsys.readouterr().out
+    assert path.stem in out
+    assert "default" in out
+    assert "unusable" in out
+
+
+def test_show_without_a_profile_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["show"]) == 0
+    out = capsys.readouterr().out
+    assert "the built-in default" in out
+    assert "36585" in out
+
+
+def test_show_says_why_a_profile_is_not_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = {
+        "schema_version": "smartattn-profile/1",
+        "name": "foreign",
+        "device": {"kind": "cuda", "name": "NVIDIA Imaginary"},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(foreign))
+    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "p.json"))
+    assert cli.run(["show"]) == 0
+    assert "measured on NVIDIA Imaginary" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_said_and_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(request: Request, report: Any, waiting: Any) -> Outcome:
+        report(Progress(1.0, 10.0, 4, "something"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "calibrate", interrupted)
+    assert cli.run([*QUICK, "2"]) == 130
+    assert "What was measured is kept" in capsys.readouterr().out
+
+
+def test_what_went_wrong_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    excluded = {"torch_varlen": "wrong output: relative error 0.5"}
+    made = profile.Profile(
+        name="p",
+        device=machine.identify(CPU),
+        date="2026-01-01",
+        run=profile.Run(mode="quick", seconds=1.0, samples=3, seed=0, excluded=excluded),
+    )
+    outcome = Outcome(made, tmp_path / "p.json", tmp_path / "raw", 3, 0, 2, spread=0.4)
+    monkeypatch.setattr(calibrate, "calibrate", lambda request, report, waiting: outcome)
+    assert cli.run([*QUICK, "2"]) == 0
+    out = capsys.readouterr().out
+    assert "torch_varlen is left out: wrong output: relative error 0.5" in out
+    assert "2 runs did not fit in memory" in out
+    assert "vary by 40%" in out
+
+
+def test_calibration_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(request: Request, report: Any, waiting: Any) -> Outcome:
+        raise CalibrationError("nothing could be measured")
+
+    monkeypatch.setattr(calibrate, "calibrate", fails)
+    assert cli.run([*QUICK, "2"]) == 2
+    assert capsys.readouterr().err == "smartattn: nothing could be measured\n"
+
+
+def test_too_few_samples_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    identity = machine.identify(CPU)
+    assert identity is not None
+    header = samples.Header(
+        device=identity,
+        versions=machine.Versions(),
+        date="2026-01-01",
+        mode="quick",
+        grid=grid.VERSION,
+        seed=0,
+    )
+    samples.save(tmp_path / "raw", header, [])
+    assert cli.run(["fit", str(tmp_path / "raw")]) == 2
+    assert "too few samples" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick_on_a_cpu_takes_at_most_a_minute(tmp_path: Path) -> None:
+    """Imports, measuring, fit and all, with the threads that a user has."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "XDG_DATA_HOME": str(tmp_path / "xdg"),
+    }
+    command = [sys.executable, "-m", "smartattn", "calibrate", "--device", "cpu", "--quick"]
+    output = tmp_path / "p.json"
+    start = time.perf_counter()
+    subprocess.run([*command, "--output", str(output)], env=environment, check=True, timeout=120)
+    assert time.perf_counter() - start < 60
+    found = profile.load(output)
+    assert {cost.backend for cost in found.costs} == {"sdpa", "sdpa_unpadded"}
+    assert {cost.mode for cost in found.costs} == {"forward", "train", "decode"}

@@ -1,0 +1,250 @@
+"""The fit: exact on what it can represent, robust on what it cannot; and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smartattn import grid
+from smartattn.cost import FEATURES, Predictor, features, regime_of
+from smartattn.fit import (
+    fit_costs,
+    fit_profile,
+    nonnegative_least_squares,
+    relative_fit,
+    thresholds,
+)
+from smartattn.machine import Device, Versions
+from smartattn.profile import default_rules
+from smartattn.samples import Header, Sample
+from smartattn.workload import Workload
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+#: Microseconds per unit: one backend walks the padded tensors, the other the real tokens.
+TRUE = {
+    "sdpa": {"call": 20.0, "dense_pairs": 2.0, "mask_pairs": 4.0, "dense_keys": 0.4},
+    "torch_varlen": {"call": 45.0, "sequences": 1.0, "real_pairs": 2.5, "dense_queries": 0.5},
+}
+FAMILY = grid.Family("forward", True, ("left",), "bfloat16", 64)
+
+
+def drawn(count: int, seed: int = 0, family: grid.Family = FAMILY) -> Iterator[Workload]:
+    limits = grid.limits("cuda", "quick", 10**11)
+    return islice(grid.workloads([family], limits, seed), count)
+
+
+def true_us(backend: str, workload: Workload, device: torch.device = CUDA) -> float:
+    amounts = features(workload.plan(device), workload.call(device))
+    named = dict(zip(FEATURES, amounts, strict=True))
+    return sum(value * named[name] for name, value in TRUE[backend].items())
+
+
+def samples_of(
+    workloads: Iterator[Workload], disturb: Callable[[int], float] = lambda place: 1.0
+) -> list[Sample]:
+    found = []
+    for index, workload in enumerate(workloads):
+        for backend in TRUE:
+            us = true_us(backend, workload) * disturb(len(found))
+            found.append(Sample(index, workload, backend, "ok", 10.0, 0.0, us, 0.01, 5))
+    return found
+
+
+def header(**changes: object) -> Header:
+    given = Header(
+        device=Device(kind="cuda", name="NVIDIA Imaginary", capability="9.0"),
+        versions=Versions(torch="2.11"),
+        date="2026-01-01",
+        mode="quick",
+        grid=grid.VERSION,
+        seed=0,
+        seconds=12.0,
+        complete=True,
+    )
+    return given.model_copy(update=changes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 2**31))
+def test_least_squares_meets_its_optimality_conditions(columns: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix, target = rng.normal(size=(rows, columns)), rng.normal(size=rows)
+    x = nonnegative_least_squares(matrix, target)
+    gradient = matrix.T @ (matrix @ x - target)
+    assert (x >= 0).all()
+    # Karush, Kuhn, Tucker: no descent from any bound, none at all inside.
+    assert (gradient >= -1e-6).all()
+    assert abs(gradient[x > 0]).max(initial=0.0) < 1e-6
+
+
+def test_least_squares_of_columns_that_say_the_same() -> None:
+    column = np.arange(1.0, 6.0)
+    x = nonnegative_least_squares(np.stack([column, column, 0 * column], axis=1), 3 * column)
+    assert x[0] + x[1] == pytest.approx(3.0)
+    assert x[2] == 0
+
+
+def test_a_known_model_is_found_from_noisy_samples() -> None:
+    rng = np.random.default_rng(1)
+    noise = rng.lognormal(0.0, 0.03, 1000)
+    costs = fit_costs(samples_of(drawn(40), lambda place: noise[place]), CUDA)
+    assert {cost.backend for cost in costs} == set(TRUE)
+    predictor = Predictor(costs)
+    errors, losses = [], []
+    for workload in drawn(60, seed=77):
+        plan, call = workload.plan(CUDA), workload.call(CUDA)
+        right = {backend: true_us(backend, workload) for backend in TRUE}
+        found = {backend: predictor.predict(backend, plan, call) or 0.0 for backend in TRUE}
+        errors += [abs(found[backend] / right[backend] - 1) for backend in TRUE]
+        losses.append(right[min(found, key=found.__getitem__)] / min(right.values()))
+    assert np.median(errors) < 0.03
+    assert max(errors) < 0.2
+    assert np.mean(losses) < 1.005
+    # The shapes do ask for both backends, or the losses would say nothing.
+    picks = [true_us("sdpa", w) < true_us("torch_varlen", w) for w in drawn(60, seed=77)]
+    assert 5 < sum(picks) < 55
+
+
+def test_it_extrapolates_in_length() -> None:
+    predictor = Predictor(fit_costs(samples_of(drawn(40)), CUDA))
+    long = Workload("forward", True, "left", "bfloat16", 4, 65536, 65536, 16, 4, 64, 0, 0, 0.5)
+    for backend in TRUE:
+        found = predictor.predict(backend, long.plan(CUDA), long.call(CUDA))
+        assert found == pytest.approx(true_us(backend, long), rel=0.1)
+
+
+def test_a_few_wild_samples_do_not_move_the_model() -> None:
+    costs = fit_costs(samples_of(drawn(40), lambda n: 30.0 if n % 11 == 3 else 1.0), CUDA)
+    predictor = Predictor(costs)
+    for workload in drawn(20, seed=5):
+        for backend in TRUE:
+            found = predictor.predict(backend, workload.plan(CUDA), workload.call(CUDA))
+            assert found == pytest.approx(true_us(backend, workload), rel=0.25)
+
+
+def test_head_dims_share_what_they_have_in_common() -> None:
+    """A head_dim with the fewest samples is still told apart by what the others know."""
+    many = samples_of(drawn(40))
+    few = [
+        replace(sample, workload=replace(sample.workload, head_dim=128), device_us=2 * us)
+        for sample in samples_of(drawn(grid.FEWEST, seed=3))
+        for us in [sample.device_us]
+    ]
+    predictor = Predictor(fit_costs(many + few, CUDA))
+    errors = []
+    for workload in drawn(30, seed=9):
+        wide = replace(workload, head_dim=128)
+        for backend in TRUE:
+            found = predictor.predict(backend, wide.plan(CUDA), wide.call(CUDA))
+            assert found is not None
+            errors.append(abs(found / (2 * true_us(backend, workload)) - 1))
+    assert np.median(errors) < 0.1
+
+
+def test_host_time_counts_where_the_device_is_faster() -> None:
+    samples = [replace(sample, host_us=500.0) for sample in samples_of(drawn(20))]
+    tiny = Workload("forward", True, "left", "bfloat16", 2, 16, 16, 4, 4, 64, 0, 0, 0.3)
+    plan, call = tiny.plan(CUDA), tiny.call(CUDA)
+    predictor = Predictor(fit_costs(samples, CUDA))
+    assert true_us("sdpa", tiny) < 100
+    assert predictor.predict("sdpa", plan, call) == pytest.approx(500.0, rel=0.05)
+
+
+def test_a_cpu_has_one_time_only() -> None:
+    family = replace(FAMILY, dtype="float32")
+    costs = fit_costs(samples_of(drawn(12, family=family)), CPU)
+    assert costs
+    assert all(not cost.host_us for cost in costs)
+
+
+def test_too_few_and_bad_samples_make_no_model() -> None:
+    few = samples_of(drawn(grid.FEWEST - 1))
+    assert fit_costs(few, CUDA) == []
+    many = samples_of(drawn(20))
+    assert fit_costs([replace(sample, status="wrong") for sample in many], CUDA) == []
+    assert fit_costs([replace(sample, device_us=0.0) for sample in many], CUDA) == []
+
+
+def test_an_all_zero_fit_is_not_a_model_that_always_wins() -> None:
+    fitted = relative_fit(np.ones((5, len(FEATURES))), np.full(5, 10.0))
+    assert np.ones(len(FEATURES)) @ fitted == pytest.approx(10.0, rel=1e-3)
+
+
+def test_thresholds_are_what_the_models_say() -> None:
+    costs = fit_costs(samples_of(drawn(40)), CUDA)
+    predictor = Predictor(costs)
+    found = thresholds(costs, CUDA)
+    assert [threshold.padding_share for threshold in found] == [0.1, 0.3, 0.5, 0.75]
+    crossings = 0
+    for threshold in found:
+        lengths = [winner.from_kv_len for winner in threshold.winners]
+        assert lengths == sorted(set(lengths))
+        crossings += len(lengths) > 1
+        for winner in threshold.winners:
+            workload = Workload(
+                "forward",
+                True,
+                "left",
+                "bfloat16",
+                threshold.batch,
+                winner.from_kv_len,
+                winner.from_kv_len,
+                threshold.heads,
+                threshold.kv_heads,
+                64,
+                padding_share=threshold.padding_share,
+            )
+            plan, call = workload.plan(CUDA), workload.call(CUDA)
+            assert regime_of(plan, call) == costs[0].regime
+            times = {name: predictor.predict(name, plan, call) or 0.0 for name in TRUE}
+            assert min(times, key=times.__getitem__) == winner.backend
+            assert max(times.values()) / min(times.values()) == pytest.approx(
+                winner.speedup, abs=1e-3
+            )
+    assert crossings
+
+
+@pytest.mark.parametrize(
+    ("mode", "side"),
+    [(mode, side) for mode in ("forward", "train") for side in ("none", "right", "packed")]
+    + [("decode", "none"), ("decode", "left")],
+)
+def test_every_layout_has_thresholds(mode: str, side: str) -> None:
+    family = grid.Family(mode, mode != "decode", (side,), "bfloat16", 64)  # type: ignore[arg-type]
+    costs = fit_costs(samples_of(drawn(20, family=family)), CUDA)
+    assert thresholds(costs, CUDA)
+
+
+def test_windows_have_thresholds() -> None:
+    family = grid.Family("forward", True, ("none",), "bfloat16", 64, window=True)
+    costs = fit_costs(samples_of(drawn(20, family=family)), CUDA)
+    assert {cost.layout for cost in costs} >= {"masked"}
+    assert "masked" in {threshold.layout for threshold in thresholds(costs, CUDA)}
+
+
+def test_the_profile_of_a_gpu_is_made_without_one() -> None:
+    samples = samples_of(drawn(20))
+    made = fit_profile(header(), samples, default_rules(), "raw.safetensors")
+    assert made.device == header().device
+    assert made.run is not None
+    assert (made.run.samples, made.run.raw_samples) == (len(samples), "raw.safetensors")
+    assert {cost.backend for cost in made.costs} == set(TRUE)
+    assert made.thresholds
+    assert made.rules == default_rules()
+
+
+def test_excluded_backends_are_in_no_part_of_the_profile() -> None:
+    why = {"torch_varlen": "wrong output"}
+    made = fit_profile(header(excluded=why), samples_of(drawn(20)), default_rules(), None)
+    assert {cost.backend for cost in made.costs} == {"sdpa"}
+    assert all("torch_varlen" not in rule.prefer for rule in made.rules)
+    assert any("flash_attention_2" in rule.prefer for rule in made.rules)
+    assert made.run is not None
+    assert made.run.excluded == why
