@@ -100,14 +100,12 @@ def smart_mask(
             **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
         )
         return mask
-    dense = functools.partial(
-        masks.sdpa_mask, **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )
     if known.pattern is Pattern.OTHER:
-        mask = dense()
+        mask = _dense_mask(arguments)
         plan = Plan(
             batch_size, q_length, kv_length, Pattern.OTHER, torch.device(device), dense=lambda: mask
         )
+        plan.settings = SETTINGS.get()
         return PlanMask(plan, dtype)
     real = real_on_device = packed = None
     if attention_mask is not None:
@@ -115,6 +113,8 @@ def smart_mask(
         assert padded is not None
         real_on_device = padded[:, kv_offset : kv_offset + kv_length]
     real, offset = _read(real_on_device, q_offset)
+    # A static cache counts its own offset on, while layers may still need this mask.
+    arguments["q_offset"] = offset
     if known.packed_ids is not None:
         packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)
     elif attention_mask is None and offset == kv_offset and q_length == kv_length > 1:
@@ -130,9 +130,21 @@ def smart_mask(
         real=real,
         real_on_device=real_on_device,
         packed=packed,
-        dense=dense if packed is None or known.packed_ids is not None else None,
+        dense=(
+            functools.partial(_dense_mask, arguments)
+            if packed is None or known.packed_ids is not None
+            else None
+        ),
     )
+    plan.settings = SETTINGS.get()
     return PlanMask(plan, dtype)
+
+
+def _dense_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
+    mask: torch.Tensor | None = masks.sdpa_mask(
+        **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+    )
+    return mask
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -383,7 +395,8 @@ def smart_attention(
         plan = _packed_by_arguments(plan, kwargs)
     if "indices" in kwargs or "block_indices" in kwargs:
         plan = _narrowed(module, query, key, plan, kwargs)
-    settings = SETTINGS.get()
+    # Those in force when the forward began: checkpointed layers run again long after it.
+    settings = plan.settings or SETTINGS.get()
     features: tuple[str, ...] = ()
     if kwargs.keys() - NEUTRAL_ARGUMENTS:
         features = _features(kwargs)
@@ -477,7 +490,7 @@ def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
         )
     starts = torch.zeros(total, dtype=torch.bool)
     starts[bounds[:-1].long()] = True
-    return Plan(
+    packed = Plan(
         plan.batch,
         plan.q_len,
         plan.kv_len,
@@ -486,6 +499,8 @@ def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
         window=plan.window,
         packed=starts.view(plan.batch, plan.q_len).numpy(),
     )
+    packed.settings = plan.settings
+    return packed
 
 
 def _narrowed(
@@ -506,7 +521,9 @@ def _narrowed(
     mask = plan.additive_mask(query.dtype)
     positions = kwargs.get("position_ids")
     mask = narrow(module, query, key, mask, positions, indices, block_indices)
-    return Plan(plan.batch, plan.q_len, plan.kv_len, Pattern.OTHER, plan.device, given=mask)
+    narrowed = Plan(plan.batch, plan.q_len, plan.kv_len, Pattern.OTHER, plan.device, given=mask)
+    narrowed.settings = plan.settings
+    return narrowed
 
 
 def narrow(

@@ -150,6 +150,8 @@ class Plan:
         self._twins: dict[torch.device, Plan] = {device: self}
         #: Choices already made for the layers of this forward, see ``integration``.
         self.decisions: dict[Any, Any] = {}
+        #: What the caller had set when the forward began, see ``control``.
+        self.settings: Any = None
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
         self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
 
