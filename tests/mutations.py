@@ -1,0 +1,567 @@
+"""Breaks load-bearing lines one at a time and shows that the tests notice.
+
+``python -m tests.mutations`` copies the repository once per mutation, replaces one expression in
+the copy and runs the tests named for it. Every one of them must fail there, after passing on a
+copy without a mutation. Writes ``docs/reports/mutations.md``; the exit status is 1 if a mutation
+survives or no longer applies. Needs a system that can fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import importlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = Path("src") / "smartattn"
+COPIED = ("src", "tests", "calibration", "examples", "pyproject.toml")
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One expression of one file, replaced by a wrong one."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    #: Arguments of pytest.
+    tests: tuple[str, ...]
+
+
+PLAN = ("tests/test_plan.py",)
+PACKING = ("tests/test_packing.py",)
+CHOOSE = ("tests/test_choose.py",)
+MATRIX = ("tests/test_backends_matrix.py", "-k", "float64 and not limits and not gpu")
+REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
+
+MUTATIONS = (
+    Mutation(
+        "queries are gathered with the row length of the keys",
+        "plan.py",
+        "offset_q = sequences.row * self.q_len + sequences.q_start",
+        "offset_q = sequences.row * self.kv_len + sequences.q_start",
+        PLAN,
+    ),
+    Mutation(
+        "keys are gathered from their row's first slot, not from the first real token",
+        "plan.py",
+        "offset_k = sequences.row * self.kv_len + sequences.k_start - cu_k[:-1]",
+        "offset_k = sequences.row * self.kv_len - cu_k[:-1]",
+        PLAN,
+    ),
+    Mutation(
+        "tokens in the cache count as queries",
+        "plan.py",
+        "q_start = np.maximum(start, self.shift)",
+        "q_start = np.maximum(start, 0)",
+        PLAN,
+    ),
+    Mutation(
+        "real queries among holes are counted from the first key",
+        "plan.py",
+        "np.count_nonzero(real[:, self.shift :], axis=1)",
+        "np.count_nonzero(real[:, : self.q_len], axis=1)",
+        PLAN,
+    ),
+    Mutation(
+        "a row without a real token ends at its last slot",
+        "plan.py",
+        "end[empty] = start[empty] = 0",
+        "start[empty] = 0",
+        PLAN,
+    ),
+    Mutation(
+        "padding at the start of some rows passes for right padding",
+        "plan.py",
+        "elif bool((start == 0).all()):",
+        "elif bool((start == 0).any()):",
+        PLAN,
+    ),
+    Mutation(
+        "a causal window that just covers all keys but one is ignored",
+        "plan.py",
+        "return self.window < self.visible if self.is_causal",
+        "return self.window < self.visible - 1 if self.is_causal",
+        PLAN,
+    ),
+    Mutation(
+        "causal window off by one in the dense mask of a plan",
+        "plan.py",
+        "mask if window is None else mask & (distance < window)",
+        "mask if window is None else mask & (distance <= window)",
+        PLAN,
+    ),
+    Mutation(
+        "symmetric window off by one in the dense mask of a plan",
+        "plan.py",
+        "return distance.abs() <= window",
+        "return distance.abs() < window",
+        PLAN,
+    ),
+    Mutation(
+        "the first row's packed sequence runs into the next row",
+        "plan.py",
+        "    starts[:, 0] = True\n",
+        "    starts[0, 0] = True\n",
+        PLAN,
+    ),
+    Mutation(
+        "a longest query of one is passed on although a sequence has none",
+        "plan.py",
+        "if longest_q == 1 and total_q != n:",
+        "if longest_q == 0 and total_q != n:",
+        PLAN,
+    ),
+    Mutation(
+        "the additive mask holds -inf, which makes fully masked rows NaN",
+        "plan.py",
+        "torch.where(mask, zero, torch.finfo(dtype).min)",
+        "torch.where(mask, zero, -torch.inf)",
+        PLAN,
+    ),
+    Mutation(
+        "a plan on another device shares its twin's choices",
+        "plan.py",
+        "twin.decisions = {}",
+        "twin.decisions = self.decisions",
+        PLAN,
+    ),
+    Mutation(
+        "queries of cross-attention are packed with the mask of the keys",
+        "packing.py",
+        "return plan.is_causal or plan.is_packed or call.self_attention",
+        "return plan.is_causal or plan.is_packed or plan.q_len == plan.kv_len",
+        MATRIX,
+    ),
+    Mutation(
+        "a decoding query is dropped where the mask has padding at its place",
+        "packing.py",
+        "if plan.q_len == 1 and not plan.is_packed:",
+        "if plan.q_len == 0 and not plan.is_packed:",
+        PACKING,
+    ),
+    Mutation(
+        "tokens of layouts that do not flatten are gathered from the wrong place",
+        "packing.py",
+        "return tokens[index // length, index % length]",
+        "return tokens[index // length, index % batch]",
+        PACKING,
+    ),
+    Mutation(
+        "windows are packed across holes",
+        "packing.py",
+        "if plan.padding is Padding.HOLES:",
+        "if plan.padding is Padding.UNKNOWN:",
+        REFUSALS,
+    ),
+    Mutation(
+        "a plan is used for a call of another length",
+        "packing.py",
+        "call.batch != plan.batch or call.q_len != plan.q_len or call.kv_len != plan.kv_len",
+        "call.batch != plan.batch or call.q_len != plan.q_len",
+        REFUSALS,
+    ),
+    Mutation(
+        "outputs at padding are dropped although they are to be kept",
+        "packing.py",
+        "if call.keep_padding_output and plan.is_padded and pack_queries:",
+        "if call.keep_padding_output and plan.is_packed and pack_queries:",
+        REFUSALS,
+    ),
+    Mutation(
+        "sdpa runs without a mask under any padding, not under right padding alone",
+        "backends/sdpa.py",
+        "and plan.padding is Padding.RIGHT",
+        "and plan.is_padded",
+        MATRIX,
+    ),
+    Mutation(
+        "sdpa aligns a causal mask at the upper left although there are earlier tokens",
+        "backends/sdpa.py",
+        "return not plan.is_causal or call.q_len == 1 or plan.is_aligned",
+        "return True",
+        MATRIX,
+    ),
+    Mutation(
+        "sdpa attends to the empty slots of a static cache",
+        "backends/sdpa.py",
+        "keys = slice(plan.visible) if unmasked and plan.visible < call.kv_len else None",
+        "keys = None",
+        MATRIX,
+    ),
+    Mutation(
+        "sdpa runs a window without a mask",
+        "backends/sdpa.py",
+        "if plan.is_packed or plan.window_matters or not",
+        "if plan.is_packed or not",
+        MATRIX,
+    ),
+    Mutation(
+        "key/value heads are repeated in the wrong order",
+        "backends/sdpa.py",
+        "states = states[:, :, None].expand(batch, heads, times, length, dim)",
+        "states = states[:, None].expand(batch, times, heads, length, dim)",
+        MATRIX,
+    ),
+    Mutation(
+        "the window of flash kernels is off by one",
+        "backends/flash_attention_2.py",
+        "return (plan.window - 1, 0) if plan.is_causal",
+        "return (plan.window, 0) if plan.is_causal",
+        MATRIX,
+    ),
+    Mutation(
+        "flash-attn runs its dense kernel under any padding",
+        "backends/flash_attention_2.py",
+        "and plan.padding is Padding.RIGHT",
+        "and plan.is_padded",
+        MATRIX,
+    ),
+    Mutation(
+        "torch's varlen kernel runs without a causal bound",
+        "backends/torch_varlen.py",
+        "window = (window[0], 0)",
+        "window = (window[0], -1)",
+        MATRIX,
+    ),
+    Mutation(
+        "continued prefill without padding is aligned at the upper left",
+        "backends/sdpa_unpadded.py",
+        "shift = kv_len - q_len if plan.is_causal else 0",
+        "shift = 0",
+        MATRIX,
+    ),
+    Mutation(
+        "rows of equal length that do not lie together are taken for a range",
+        "backends/sdpa_unpadded.py",
+        "consecutive = rows[-1] - rows[0] + 1 == len(rows)",
+        "consecutive = len(rows) > 1",
+        ("tests/test_backends_matrix.py", "-k", "scattered"),
+    ),
+    Mutation(
+        "dtypes are not asked about: fp32 goes to a half-precision kernel",
+        "backends/base.py",
+        "if support.dtypes is not None and call.dtype not in support.dtypes:",
+        "if support.dtypes is None and call.dtype is None:",
+        REFUSALS,
+    ),
+    Mutation(
+        "arguments that change the result are ignored",
+        "backends/base.py",
+        "for feature in sorted(call.features - support.features):",
+        "for feature in sorted(support.features - support.features):",
+        REFUSALS,
+    ),
+    Mutation(
+        "writing into the mask does not discard the plan",
+        "mask.py",
+        "mask._state.shared = True",
+        "mask._state.shared = False",
+        PLAN,
+    ),
+    Mutation(
+        "a packed batch may go through a dense mask",
+        "choose.py",
+        "if plan.is_packed and (lean :=",
+        "if not plan.is_packed and (lean :=",
+        CHOOSE,
+    ),
+    Mutation(
+        "the slowest prediction wins",
+        "choose.py",
+        "predicted, backend = min(costs",
+        "predicted, backend = max(costs",
+        CHOOSE,
+    ),
+    Mutation(
+        "a restriction to some backends is ignored",
+        "choose.py",
+        "able = [b for b in able if b.name in allowed]",
+        "able = [b for b in able if b.name]",
+        CHOOSE,
+    ),
+    Mutation(
+        "a remembered choice is used although its backend refuses",
+        "choose.py",
+        "and not known.backend.refusals(plan, call)",
+        "and not known.backend.last_resort",
+        CHOOSE,
+    ),
+    Mutation(
+        "the offset of a sliding cache's first slot is forgotten",
+        "integration.py",
+        "shift=offset - kv_offset,",
+        "shift=offset,",
+        PLAN,
+    ),
+    Mutation(
+        "the offset of a static cache is read from the wrong place",
+        "integration.py",
+        "int(values[-1])",
+        "int(values[0])",
+        PLAN,
+    ),
+    Mutation(
+        "a sliding cache reads the start of the 2D mask",
+        "integration.py",
+        "real_on_device = padded[:, kv_offset : kv_offset + kv_length]",
+        "real_on_device = padded[:, :kv_length]",
+        PLAN,
+    ),
+    Mutation(
+        "a symmetric window passes for a causal one",
+        "integration.py",
+        "if window is not None and symmetric is (base is Pattern.CAUSAL):",
+        "if window is not None and base is None:",
+        PLAN,
+    ),
+    Mutation(
+        "the end of a packed sequence is not seen",
+        "integration.py",
+        "prepend=known.packed_ids[:, :1] - 1) != 0",
+        "prepend=known.packed_ids[:, :1] - 1) > 1",
+        PLAN,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests said of one mutation."""
+
+    mutation: Mutation
+    #: "caught", or why it was not.
+    verdict: str
+    #: The first test that failed, and the line that was changed.
+    test: str = ""
+    line: int = 0
+    seconds: float = 0.0
+
+
+def place(mutation: Mutation) -> tuple[str, int]:
+    """(the mutated text of the file, the line of the change).
+
+    Raises:
+        ValueError: the expression is not there exactly once.
+    """
+    text = (ROOT / SOURCE / mutation.file).read_text()
+    found = text.count(mutation.old)
+    if found != 1:
+        raise ValueError(f"found {found} times, expected once")
+    line = text[: text.index(mutation.old)].count("\n") + 1
+    return text.replace(mutation.old, mutation.new), line
+
+
+def copy_repository(folder: Path) -> None:
+    """What the tests need of the repository."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", ".*")
+            shutil.copytree(source, folder / name, ignore=ignore)
+        elif source.exists():
+            shutil.copy(source, folder / name)
+
+
+class Run:
+    """Pytest in a copy until the first failure, in a process that has torch imported already."""
+
+    def __init__(self, tests: Sequence[str], file: str = "", text: str = "") -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name).resolve()
+        copy_repository(folder)
+        if file:
+            (folder / SOURCE / file).write_text(text)
+        self._log = folder / "log.txt"
+        self._start = time.monotonic()
+        self._took: float | None = None
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_pytest, args=(folder, self._log, list(tests)))
+        self._process.start()
+
+    def ended(self) -> bool:
+        """Whether there is a result; a run that takes too long is ended."""
+        if self._process.is_alive() and self.seconds > TIMEOUT_S:
+            self._process.kill()
+            self._process.join()
+        if self._process.is_alive():
+            return False
+        self._took = self.seconds
+        return True
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start if self._took is None else self._took
+
+    def result(self) -> tuple[int, str]:
+        """(exit status of pytest, what it printed)."""
+        output = self._log.read_text() if self._log.exists() else ""
+        self._folder.cleanup()
+        status = self._process.exitcode
+        assert status is not None
+        return status, output
+
+
+def _pytest(folder: Path, log: Path, tests: list[str]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    here = {"", str(ROOT), str(ROOT / "src")}
+    sys.path[:] = [str(folder / "src"), str(folder)] + [p for p in sys.path if p not in here]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    assert "smartattn" not in sys.modules
+
+    import smartattn
+
+    # An installed package must not stand in for the copy.
+    assert Path(str(smartattn.__file__)).is_relative_to(folder), smartattn.__file__
+
+    import hypothesis
+    import pytest
+
+    # A failure is enough; nobody needs the smallest one.
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutation", phases=phases)
+    hypothesis.settings.load_profile("mutation")
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    status = pytest.main([*options, *tests])
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_all(runs: Iterator[Run | Outcome], jobs: int) -> Iterator[Run | Outcome]:
+    """Starts so many runs at once and yields each in its turn when it has ended."""
+    active: collections.deque[Run | Outcome] = collections.deque()
+    more = True
+    while more or active:
+        while more and sum(isinstance(r, Run) and not r.ended() for r in active) < jobs:
+            started = next(runs, None)
+            more = started is not None
+            if started is not None:
+                active.append(started)
+        while active and (isinstance(active[0], Outcome) or active[0].ended()):
+            yield active.popleft()
+        time.sleep(0.05)
+
+
+def start(mutation: Mutation) -> Run | Outcome:
+    """Applies a mutation to a copy and starts its tests there."""
+    try:
+        text, _ = place(mutation)
+    except (OSError, ValueError) as error:
+        return Outcome(mutation, f"does not apply: {error}")
+    return Run(mutation.tests, mutation.file, text)
+
+
+def judge(mutation: Mutation, run: Run | Outcome) -> Outcome:
+    """What the tests said."""
+    if isinstance(run, Outcome):
+        return run
+    seconds = run.seconds
+    _, line = place(mutation)
+    status, output = run.result()
+    if status == 0:
+        return Outcome(mutation, "survived", line=line, seconds=seconds)
+    failed = re.search(r"^FAILED (\S+)", output, re.MULTILINE)
+    if status != 1 or failed is None:
+        return Outcome(mutation, f"pytest ended with status {status}", line=line, seconds=seconds)
+    return Outcome(mutation, "caught", failed.group(1), line, seconds)
+
+
+def baseline(mutations: Sequence[Mutation], jobs: int) -> list[str]:
+    """Problems of the tests on a copy without any mutation; they must pass there."""
+    problems = []
+    distinct = sorted({mutation.tests for mutation in mutations})
+    for tests, run in zip(distinct, run_all(map(Run, distinct), jobs), strict=True):
+        assert isinstance(run, Run)
+        status, output = run.result()
+        if status != 0:
+            tail = "\n".join(output.splitlines()[-8:])
+            problems.append(f"{' '.join(tests)} without a mutation, status {status}:\n{tail}")
+    return problems
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """The table of all mutations."""
+    caught = sum(outcome.verdict == "caught" for outcome in outcomes)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    lines = [
+        "# Mutations",
+        "",
+        "Load-bearing lines, broken one at a time in a copy of the repository, and the first test",
+        "that fails then. The same tests pass without a mutation. Written by",
+        f"`python -m tests.mutations`, {today}.",
+        "",
+        f"**{caught} of {len(outcomes)} caught.**",
+        "",
+        "| # | what breaks | where | instead of | now | caught by |",
+        "| ---: | --- | --- | --- | --- | --- |",
+    ]
+    for number, outcome in enumerate(outcomes, 1):
+        mutation = outcome.mutation
+        verdict = f"`{_cell(outcome.test)}`" if outcome.test else f"**{_cell(outcome.verdict)}**"
+        cells = [
+            str(number),
+            mutation.what,
+            f"{mutation.file}:{outcome.line}" if outcome.line else mutation.file,
+            f"`{_cell(mutation.old)}`",
+            f"`{_cell(mutation.new)}`",
+            verdict,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.removeprefix("tests/").split()).replace("|", "\\|")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the mutations and writes the report; returns 1 if one was not caught."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reports" / "mutations.md")
+    parser.add_argument("--only", default="", help="mutations whose description has this in it")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations that run at once")
+    options = parser.parse_args(arguments)
+    for module in ("torch", "transformers", "hypothesis", "pytest", "pydantic"):
+        importlib.import_module(module)
+    mutations = [mutation for mutation in MUTATIONS if options.only in mutation.what]
+    for problem in (problems := baseline(mutations, options.jobs)):
+        print(problem)
+    if problems:
+        return 1
+    outcomes = []
+    runs = run_all(map(start, mutations), options.jobs)
+    for mutation, run in zip(mutations, runs, strict=True):
+        outcome = judge(mutation, run)
+        outcomes.append(outcome)
+        detail = outcome.test or mutation.file
+        took = f"{outcome.seconds:5.0f} s"
+        print(f"{outcome.verdict:10} {took}  {mutation.what}: {detail}", flush=True)
+    if not options.only:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report(outcomes))
+        print(f"wrote {options.out}")
+    escaped = [outcome for outcome in outcomes if outcome.verdict != "caught"]
+    print(f"{len(outcomes) - len(escaped)} of {len(outcomes)} caught")
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

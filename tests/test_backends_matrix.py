@@ -1,0 +1,659 @@
+"""Every backend against attention in float64, on cases generated from its own declarations.
+
+On a CPU the two flash backends run with exact stand-ins for their kernels, which check what they
+are handed. On a GPU (marker ``gpu``) the real ones run, and their errors are recorded beside those
+of ``sdpa``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smartattn.backends import (
+    Backend,
+    base,
+    eager,
+    flash_attention_2,
+    sdpa,
+    sdpa_unpadded,
+    torch_varlen,
+)
+from smartattn.backends.base import DEFAULT_TOLERANCES, Support
+from smartattn.plan import Pattern, Plan
+
+from . import gpu_results
+from .cases import CORE, Case, Situation, cases, feature_cases, shape_cases, situations, takes
+from .reference import (
+    VarlenReference,
+    assert_close,
+    attention,
+    dense_attention,
+    varlen_attention,
+)
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+N = 33
+
+
+# -- the flash backends with exact kernels ---------------------------------------------------------
+
+
+class FlashStandIn(flash_attention_2.FlashAttention2Backend):
+    support = replace(flash_attention_2.FlashAttention2Backend.support, devices=None, dtypes=None)
+
+
+class TorchVarlenStandIn(torch_varlen.TorchVarlenBackend):
+    support = replace(torch_varlen.TorchVarlenBackend.support, devices=None, dtypes=None)
+
+
+def _check_flash_arguments(*states: torch.Tensor) -> None:
+    assert len({x.shape[-1] for x in states}) == 1
+
+
+def _flash_attn_func(
+    q: Any, k: Any, v: Any, *, softmax_scale: Any, causal: bool, window_size: Any, softcap: float,
+    dropout_p: float, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (window_size[0], 0 if causal else window_size[1])
+    return dense_attention(q, k, v, scale=softmax_scale, window=window, softcap=softcap)
+
+
+def _flash_attn_varlen_func(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: Any,
+    causal: bool, window_size: Any, softcap: float, dropout_p: float, deterministic: bool,
+) -> torch.Tensor:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (window_size[0], 0 if causal else window_size[1])
+    return varlen_attention(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window=window, softcap=softcap
+    )
+
+
+def _varlen_attn(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, scale: Any,
+    window_size: Any, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window=window_size)
+
+
+@pytest.fixture
+def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(
+        __version__="2.0",
+        flash_attn_func=_flash_attn_func,
+        flash_attn_varlen_func=_flash_attn_varlen_func,
+    )
+    monkeypatch.setattr(flash_attention_2, "_package", lambda: (package, None))
+    monkeypatch.setattr(flash_attention_2, "_has_dropout", lambda device: True)
+    monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: (_varlen_attn, {"enable_gqa"}, None))
+
+
+ON_CPU: tuple[Backend, ...] = (
+    sdpa.SdpaBackend(),
+    sdpa_unpadded.SdpaUnpaddedBackend(),
+    VarlenReference(),
+    FlashStandIn(),
+    TorchVarlenStandIn(),
+)
+
+
+# -- one case --------------------------------------------------------------------------------------
+
+
+def run_case(backend: Backend, case: Case, device: torch.device) -> dict[str, float]:
+    """Runs a case and its backward and asserts that it is right; returns the largest errors."""
+    s = case.situation
+    plan, call = s.plan(device, case.dtype), case.call(device)
+    assert backend.refusals(plan, call) == []
+    query, key, value = case.tensors(device)
+    bias = case.bias(device)
+    arguments = {"position_bias": bias} if bias is not None else {}
+    output = backend.run(plan, call, query, key, value, arguments)
+    assert output.dtype == case.dtype
+    assert bool(output.isfinite().all()), "not finite at a padding position"
+
+    mask = torch.from_numpy(s.seen)[:, None].to(device)
+    counts = torch.from_numpy(s.counts).to(device)
+    exact = [x.detach().double().requires_grad_(case.grad) for x in (query, key, value)]
+    exact_bias = None if bias is None else bias.detach().double().requires_grad_(case.grad)
+    expected = attention(*exact, mask, scaling=call.scaling, softcap=call.softcap, bias=exact_bias)
+    tolerance = backend.support.tolerances[case.dtype]
+    found = {"output": assert_close(output, expected, tolerance, counts, "output").largest}
+    if case.grad:
+        generator = torch.Generator(device).manual_seed(1)
+        weights = torch.randn(output.shape, generator=generator, device=device).to(case.dtype)
+        weights = weights * counts[:, :, None, None]
+        inputs = {"query": query, "key": key, "value": value}
+        wanted = list(exact)
+        if bias is not None:
+            inputs["position_bias"] = bias
+            wanted.append(exact_bias)
+        gradients = torch.autograd.grad(output, list(inputs.values()), weights)
+        exact_gradients = torch.autograd.grad(expected, wanted, weights.double())
+        for name, gradient, reference in zip(inputs, gradients, exact_gradients, strict=True):
+            if float(reference.abs().max()) < 1e-12:
+                # Whoever sees one key alone has a constant softmax: only rounding is left.
+                noise = float(gradient.abs().max()) / float(exact_gradients[2].abs().max())
+                assert noise <= tolerance, f"gradient of {name}: {noise:.2e} instead of zero"
+                continue
+            # Padding included: nothing that counts depends on it, so its gradient is zero.
+            error = assert_close(gradient, reference, tolerance, None, f"gradient of {name}")
+            found[name] = error.largest
+    return found
+
+
+def _parameters(backends: tuple[Backend, ...], generate: Any) -> list[Any]:
+    return [
+        pytest.param(backend, case, id=f"{backend.name}-{case.id}")
+        for backend in backends
+        for case in generate(backend)
+        if takes(backend, case)
+    ]
+
+
+@functools.cache
+def _cpu_cases() -> list[Case]:
+    half = cases(N, (torch.float32, torch.float64, torch.bfloat16, torch.float16), 7, 4)
+    return half + feature_cases(N, (torch.float32,))
+
+
+def _cpu_shape_cases(backend: Backend) -> list[Case]:
+    return shape_cases(17, backend, (torch.float32,), layouts=1)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize(("backend", "case"), _parameters(ON_CPU, lambda backend: _cpu_cases()))
+def test_matches_float64(backend: Backend, case: Case) -> None:
+    run_case(backend, case, CPU)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize(("backend", "case"), _parameters(ON_CPU, _cpu_shape_cases))
+def test_matches_float64_at_the_limits_of_its_declarations(backend: Backend, case: Case) -> None:
+    run_case(backend, case, CPU)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU, ids=lambda backend: backend.name)
+def test_refuses_exactly_what_it_cannot_run(backend: Backend) -> None:
+    taken = refused = 0
+    for case in [*_cpu_cases(), *_cpu_shape_cases(backend)]:
+        reasons = backend.refusals(case.situation.plan(CPU, case.dtype), case.call(CPU))
+        assert (reasons == []) == takes(backend, case), (case.id, reasons)
+        taken, refused = taken + (not reasons), refused + bool(reasons)
+    assert taken > 200
+    assert refused > (50 if backend.name != "sdpa" else 10)
+
+
+def test_every_pattern_and_padding_is_generated() -> None:
+    generated = {case.situation.name.rsplit("-", 1)[0] for case in _cpu_cases()}
+    assert generated == {s.name.rsplit("-", 1)[0] for s in situations(N)}
+    assert set(CORE) <= generated
+    combinations = {(case.layout, case.heads, case.head_dim) for case in _cpu_cases()}
+    assert len(combinations) >= 28
+
+
+# -- properties that no float64 reference shows ----------------------------------------------------
+
+
+def _core(name: str, n: int = N) -> Situation:
+    return next(s for s in situations(n) if s.name == f"{name}-{n}")
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize(
+    "name", ["causal-left", "bidirectional-holes", "decode-left", "causal-both"]
+)
+@pytest.mark.parametrize("backend", ON_CPU[2:], ids=lambda backend: backend.name)
+def test_nan_in_padding_stays_there(backend: Backend, name: str) -> None:
+    """Backends that pack never read padding, whatever it holds (trap 1)."""
+    case = Case(_core(name), 4, 2, 16, 16, "tokens first", torch.float32, True)
+    s = case.situation
+    query, key, value = case.tensors(CPU)
+    padding = torch.from_numpy(~s.real)
+    poison = torch.where(padding, torch.nan, 0.0)[:, None, :, None]
+    own = poison[:, :, s.shift : s.shift + s.q_len]
+    plan = s.plan(CPU, case.dtype)
+    clean = backend.run(plan, case.call(CPU), query, key, value, {})
+    poisoned = backend.run(plan, case.call(CPU), query + own, key + poison, value + poison, {})
+    assert torch.equal(poisoned, clean)
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "holes", "both"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sdpa_keeps_the_output_at_padding_on_request(padding: str, causal: bool) -> None:
+    """Late-interaction models use outputs at padding positions (trap 11)."""
+    kind = "causal" if causal else "bidirectional"
+    case = Case(_core(f"{kind}-{padding}"), 4, 2, 16, 16, "tokens first", torch.float32, False)
+    s = case.situation
+    plan, call = s.plan(CPU, case.dtype), case.call(CPU, keep_padding_output=True)
+    query, key, value = case.tensors(CPU)
+    output = sdpa.SdpaBackend().run(plan, call, query, key, value, {})
+    seen = torch.from_numpy(s.seen)
+    expected = attention(query, key, value, seen[:, None])
+    # Padding before all tokens sees nothing under a causal mask.
+    assert (int(seen.any(-1).sum()) > int(s.counts.sum())) == (not causal or padding != "left")
+    assert_close(output, expected, 2e-5, seen.any(-1))
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+def test_backends_that_skip_padding_refuse_to_keep_its_output(backend: Backend) -> None:
+    for name in ("causal-right", "causal-left", "bidirectional-right"):
+        case = Case(_core(name), 4, 2, 16, 16, "tokens first", torch.float32, False)
+        plan = case.situation.plan(CPU, case.dtype)
+        assert backend.refusals(plan, case.call(CPU)) == []
+        reasons = backend.refusals(plan, case.call(CPU, keep_padding_output=True))
+        assert reasons == ["padding positions of the output are to be kept"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_sdpa_is_finite_without_any_real_token(causal: bool, grad: bool) -> None:
+    s = Situation("nothing", 2, 9, 9, causal, padding="nothing")
+    case = Case(s, 4, 2, 16, 16, "tokens first", torch.float32, grad)
+    plan, call = s.plan(CPU, case.dtype), case.call(CPU)
+    inputs = case.tensors(CPU)
+    output = sdpa.SdpaBackend().run(plan, call, *inputs, {})
+    assert bool(output.isfinite().all())
+    if grad:
+        gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(bool(x.isfinite().all()) for x in gradients)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+def test_padding_positions_are_zeros_where_tokens_were_packed(backend: Backend) -> None:
+    case = Case(_core("causal-left"), 4, 2, 16, 16, "tokens first", torch.float32, False)
+    s = case.situation
+    plan = s.plan(CPU, case.dtype)
+    output = backend.run(plan, case.call(CPU), *case.tensors(CPU), {})
+    padding = torch.from_numpy(~s.real)
+    assert float(output[padding].abs().max()) == 0.0
+    assert float(output[~padding].abs().min(0).values.max()) > 0.0
+
+
+@pytest.mark.parametrize("backend", ON_CPU[:2], ids=lambda backend: backend.name)
+def test_dropout_keeps_the_mean(backend: Backend) -> None:
+    case = Case(_core("causal-left"), 4, 2, 16, 16, "tokens first", torch.float32, False)
+    s = case.situation
+    plan = s.plan(CPU, case.dtype)
+    call = case.call(CPU, dropout=0.2, features=frozenset({"dropout"}))
+    assert backend.refusals(plan, call) == []
+    query, key, value = case.tensors(CPU)
+    torch.manual_seed(0)
+    runs = torch.stack([backend.run(plan, call, query, key, value, {}) for _ in range(150)])
+    expected = attention(query, key, value, torch.from_numpy(s.seen)[:, None])
+    counts = torch.from_numpy(s.counts)
+    assert float((runs[0] - runs[1])[counts].abs().max()) > 0.05
+    assert_close(runs.mean(0), expected, 0.15, counts)
+
+
+def test_sdpa_takes_mixed_dtypes_under_autocast() -> None:
+    case = Case(_core("causal-left"), 4, 2, 16, 16, "tokens first", torch.float32, False)
+    call = case.call(CPU, features=frozenset({"mixed dtypes"}))
+    plan = case.situation.plan(CPU, case.dtype)
+    query, key, value = case.tensors(CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sdpa.SdpaBackend().run(plan, call, query, key.bfloat16(), value.bfloat16(), {})
+    seen = torch.from_numpy(case.situation.seen)[:, None]
+    counts = torch.from_numpy(case.situation.counts)
+    assert_close(output, attention(query, key, value, seen), 2e-2, counts)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("q_len", [1, 9])
+def test_rows_of_equal_length_may_lie_scattered(backend: Backend, q_len: int) -> None:
+    """Rows 0 and 2 alike, and 1, 3 and 4, with heads that sdpa cannot group."""
+    for value_head_dim in (16, 24):
+        if value_head_dim != 16 and not backend.support.mixed_head_dims:
+            continue
+        real = np.ones((5, 9), dtype=bool)
+        real[[0, 2], :2] = False
+        real[[1, 3, 4], :4] = False
+        seen = real[:, None, :] & np.tri(9, dtype=bool)[-q_len:]
+        shift = 9 - q_len
+        plan = Plan(5, q_len, 9, Pattern.CAUSAL, CPU, shift=shift, real=real)
+        query, key = torch.randn(5, 4, q_len, 16), torch.randn(5, 2, 9, 16)
+        value = torch.randn(5, 2, 9, value_head_dim)
+        call = CASE.call(CPU, batch=5, q_len=q_len, kv_len=9, dtype=torch.float32)
+        call = replace(call, head_dim=16, value_head_dim=value_head_dim)
+        assert backend.refusals(plan, call) == []
+        output = backend.run(plan, call, query, key, value, {})
+        expected = attention(query, key, value, torch.from_numpy(seen)[:, None])
+        assert_close(output, expected, 2e-5, torch.from_numpy(real[:, shift:]))
+
+
+# -- every declared refusal ------------------------------------------------------------------------
+
+PADDED = _core("causal-left")
+CASE = Case(PADDED, 4, 2, 64, 64, "tokens first", torch.bfloat16, False)
+
+
+def _declared(backend: Backend) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(what, change of the call, expected sentence) for every limit a backend declares."""
+    support = backend.support
+    if support.devices is not None:
+        assert support.devices == {"cuda"}
+        yield "device", {"device": CPU}, "runs on cuda, given cpu"
+    if support.dtypes is not None:
+        names = " or ".join(sorted(str(d).removeprefix("torch.") for d in support.dtypes))
+        for dtype in sorted(DEFAULT_TOLERANCES.keys() - support.dtypes, key=str):
+            name = str(dtype).removeprefix("torch.")
+            yield name, {"dtype": dtype}, f"takes {names}, given {name}"
+    if support.max_head_dim is not None:
+        dim = support.max_head_dim + support.head_dim_multiple
+        change = {"head_dim": dim, "value_head_dim": dim}
+        yield "head_dim", change, f"takes head_dim up to {support.max_head_dim}, given {dim}"
+    if support.head_dim_multiple > 1:
+        dim = 4 * support.head_dim_multiple + 1
+        change = {"head_dim": dim, "value_head_dim": dim}
+        sentence = f"takes head_dim in multiples of {support.head_dim_multiple}, given {dim}"
+        yield "multiple", change, sentence
+    if not support.mixed_head_dims:
+        sentence = "needs one head_dim, given 64 for query, 128 for value"
+        yield "value_head_dim", {"value_head_dim": 128}, sentence
+    known = {"softcap", "dropout", "position_bias", "mixed dtypes", "s_aux", "indices"}
+    for feature in sorted(known - support.features):
+        yield feature, {"features": frozenset({feature})}, f"does not implement {feature}"
+    if not support.backward:
+        yield "backward", {"grad": True}, "has no backward, and a gradient is needed"
+
+
+REAL = (
+    sdpa.SdpaBackend(),
+    sdpa_unpadded.SdpaUnpaddedBackend(),
+    flash_attention_2.FlashAttention2Backend(),
+    torch_varlen.TorchVarlenBackend(),
+)
+
+
+class _Restricted(VarlenReference):
+    """A backend that declares every limit there is."""
+
+    name = "restricted"
+    support = Support(
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.float16}),
+        max_head_dim=64,
+        head_dim_multiple=4,
+        backward=False,
+    )
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize(
+    ("backend", "change", "sentence"),
+    [
+        pytest.param(backend, change, sentence, id=f"{backend.name}-{what}")
+        for backend in (*REAL, _Restricted())
+        for what, change, sentence in _declared(backend)
+    ],
+)
+def test_declared_refusal(backend: Backend, change: dict[str, Any], sentence: str) -> None:
+    plan = PADDED.plan(CPU, CASE.dtype)
+    # Facts alone: a CUDA call can be judged on a machine without one.
+    dtype = torch.float16 if backend.name == "restricted" else torch.bfloat16
+    fine = CASE.call(torch.device("cuda"), dtype=dtype)
+    if backend.support.min_capability is not None:
+        backend = type(
+            "Capable", (type(backend),), {"support": replace(backend.support, min_capability=None)}
+        )()
+    assert backend.refusals(plan, fine) == []
+    assert backend.refusals(plan, replace(fine, **change)) == [sentence]
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", REAL[2:], ids=lambda backend: backend.name)
+def test_older_cards_are_refused(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, call = PADDED.plan(CPU, CASE.dtype), CASE.call(torch.device("cuda"))
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(base, "_capability", lambda device, found=capability: found)
+        reasons = backend.refusals(plan, call)
+        wanted = "needs compute capability 8.0, the device has {}.{}".format(*capability)
+        assert reasons == ([wanted] if refused else [])
+
+
+def _plan(**facts: Any) -> Plan:
+    facts = {"batch": 2, "q_len": 8, "kv_len": 8, "causal": True, **facts}
+    return Situation("refused", **facts).plan(CPU, torch.float32)
+
+
+FURTHER = {
+    "the mask is known only as a dense tensor": ({"given": "bool"}, {}),
+    "padding positions of the output are to be kept": (
+        {"padding": "left"},
+        {"keep_padding_output": True},
+    ),
+    "no real token in the batch": ({"padding": "nothing"}, {}),
+    # Real keys, but every query stands at a padding position.
+    "no real token in the batch ": (
+        {"q_len": 2, "shift": 6, "padding": "equal right"},
+        {"q_len": 2},
+    ),
+    "the last query does not stand at the last visible key": ({"kv_len": 4}, {"kv_len": 4}),
+    "a symmetric window needs as many queries as keys": (
+        {"causal": False, "window": 2, "kv_len": 9},
+        {"kv_len": 9},
+    ),
+    "a window cannot be packed across holes in the mask": (
+        {"window": 2, "padding": "holes"},
+        {},
+    ),
+    "a window over padded keys needs self-attention": (
+        {"causal": False, "window": 2, "padding": "right", "cross": True},
+        {"self_attention": False},
+    ),
+}
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("sentence", FURTHER)
+def test_what_cannot_be_packed_is_refused(backend: Backend, sentence: str) -> None:
+    facts, change = FURTHER[sentence]
+    if "kv_len" in facts and facts["kv_len"] < 8:
+        plan = Plan(2, 8, facts["kv_len"], Pattern.CAUSAL, CPU)
+    else:
+        plan = _plan(**facts)
+    call = CASE.call(CPU, batch=2, q_len=8, kv_len=8, dtype=torch.float32)
+    assert sentence.strip() in backend.refusals(plan, replace(call, **change))
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+def test_a_call_of_another_shape_than_the_plan_is_refused(backend: Backend) -> None:
+    plan = _plan(padding="left")
+    call = CASE.call(CPU, batch=2, q_len=8, kv_len=8, dtype=torch.float32)
+    assert backend.refusals(plan, call) == []
+    for change in ({"batch": 3}, {"q_len": 7}, {"kv_len": 9}):
+        reasons = " ".join(backend.refusals(plan, replace(call, **change)))
+        assert "the mask describes 2 x 8 queries and 8 keys" in reasons
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+def test_refusals_of_single_backends() -> None:
+    unpadded, flash, varlen = ON_CPU[1], ON_CPU[3], ON_CPU[4]
+    call = CASE.call(CPU, batch=2, q_len=8, kv_len=8, dtype=torch.float32)
+    plain, left, holes = _plan(), _plan(padding="left"), _plan(padding="holes")
+    for backend in (unpadded, varlen):
+        assert backend.refusals(plain, call) == ["no padding to remove"]
+    reasons = unpadded.refusals(holes, call)
+    assert "real tokens must be contiguous, and the mask has holes" in reasons
+    training = replace(call, grad=True, deterministic=True)
+    assert varlen.refusals(left, training) == ["its backward is not deterministic"]
+    assert varlen.refusals(left, replace(training, grad=False)) == []
+    assert flash.refusals(left, training) == []
+    empty = Plan(2, 0, 0, Pattern.BIDIRECTIONAL, CPU)
+    assert "takes no empty tensors" in flash.refusals(empty, replace(call, q_len=0, kv_len=0))
+
+
+def test_flash_attention_without_dropout_refuses_it(
+    stand_in_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = CASE.call(torch.device("cuda"), dropout=0.1, features=frozenset({"dropout"}))
+    backend = FlashStandIn()
+    backend.support = replace(backend.support, min_capability=None)
+    plan = PADDED.plan(CPU, CASE.dtype)
+    assert backend.refusals(plan, call) == []
+    monkeypatch.setattr(flash_attention_2, "_has_dropout", lambda device: False)
+    assert backend.refusals(plan, call) == ["this build of flash-attn has no dropout"]
+
+
+def test_a_missing_or_foreign_flash_attn_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = flash_attention_2.FlashAttention2Backend()
+
+    def fail(name: str) -> Any:
+        raise OSError("undefined symbol")
+
+    probe = flash_attention_2._package.__wrapped__
+    monkeypatch.setattr(flash_attention_2, "_package", probe)
+    monkeypatch.setattr(flash_attention_2.importlib, "import_module", fail)
+    assert backend.unavailable() == "flash-attn cannot be imported: OSError: undefined symbol"
+    old = SimpleNamespace(__version__="1.0.9")
+    monkeypatch.setattr(flash_attention_2.importlib, "import_module", lambda name: old)
+    assert backend.unavailable() == "flash-attn 2 is needed, 1.0.9 is installed"
+
+
+def test_another_signature_of_torch_varlen_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = torch_varlen.TorchVarlenBackend()
+    monkeypatch.setattr(torch_varlen, "_varlen_attn", torch_varlen._varlen_attn.__wrapped__)
+    old = SimpleNamespace(varlen_attn=lambda query, key, value, is_causal: None)
+    monkeypatch.setattr(torch_varlen.importlib, "import_module", lambda name: old)
+    assert "another signature" in str(backend.unavailable())
+    monkeypatch.setattr(torch_varlen.importlib, "import_module", lambda name: SimpleNamespace())
+    assert "no varlen_attn" in str(backend.unavailable())
+
+
+def test_eager_runs_the_functions_of_a_model_with_the_additive_mask() -> None:
+    backend = eager.EagerBackend()
+    case = Case(_core("causal-left"), 4, 4, 16, 16, "tokens first", torch.float32, False)
+    plan, call = case.situation.plan(CPU, case.dtype), case.call(CPU)
+    assert backend.refusals(plan, call) == ["the model's own module has no eager_attention_forward"]
+    assert backend.refusals(plan, replace(call, has_eager=True)) == []
+    given = {}
+
+    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        given.update(kwargs, mask=mask, module=module)
+        return query.transpose(1, 2), None
+
+    query, key, value = case.tensors(CPU)
+    arguments = {"module": "layer", "eager": forward, "s_aux": 5}
+    backend.run(plan, replace(call, scaling=0.5), query, key, value, arguments)
+    seen = torch.from_numpy(case.situation.seen)[:, None]
+    assert torch.equal(given.pop("mask") == 0.0, seen)
+    assert given == {"module": "layer", "s_aux": 5, "dropout": 0.0, "scaling": 0.5}
+
+
+# -- the real backends on a GPU --------------------------------------------------------------------
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _gpu_cases() -> list[Case]:
+    # The last of these dims is one that no flash kernel takes.
+    shapes = (
+        (8, 8, 64, 64), (8, 2, 64, 64), (6, 2, 80, 80), (4, 1, 128, 128), (12, 4, 96, 96),
+        (4, 4, 256, 256), (4, 2, 72, 40), (2, 1, 320, 320),
+    )  # fmt: skip
+    return (
+        cases(33, HALF, every=2, shapes=shapes)
+        + cases(197, HALF, every=2, shapes=shapes)
+        + feature_cases(65, HALF)
+    )
+
+
+def _gpu_shape_cases(backend: Backend) -> list[Case]:
+    return shape_cases(97, backend, HALF)
+
+
+def _gpu_parameters() -> list[Any]:
+    if not torch.cuda.is_available():
+        # One item that says so, instead of thousands.
+        return [pytest.param(None, None, id="no-gpu")]
+    able = tuple(backend for backend in REAL if backend.unavailable() is None)
+    return _parameters(able, lambda backend: [*_gpu_cases(), *_gpu_shape_cases(backend)])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def errors() -> Iterator[list[dict[str, Any]]]:
+    collected: list[dict[str, Any]] = []
+    yield collected
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    gpu_results.write(f"errors-{worker}", collected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("backend", "case"), _gpu_parameters())
+def test_matches_float64_on_a_gpu(
+    backend: Backend, case: Case, errors: list[dict[str, Any]]
+) -> None:
+    for what, error in run_case(backend, case, CUDA).items():
+        errors.append(
+            {
+                "backend": backend.name,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "what": what,
+                "error": error,
+                "case": case.id,
+            }
+        )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", REAL, ids=lambda backend: backend.name)
+def test_refuses_exactly_what_it_cannot_run_on_a_gpu(backend: Backend) -> None:
+    if (reason := backend.unavailable()) is not None:
+        pytest.skip(reason)
+    for case in [*_gpu_cases(), *_gpu_shape_cases(backend)]:
+        reasons = backend.refusals(case.situation.plan(CUDA, case.dtype), case.call(CUDA))
+        assert (reasons == []) == takes(backend, case), (case.id, reasons)
+    full = replace(_gpu_cases()[0], dtype=torch.float32)
+    takes_full_precision = backend.name.startswith("sdpa")
+    plan = PADDED.plan(CUDA, torch.float32)
+    call = replace(full, situation=PADDED, head_dim=64, value_head_dim=64).call(CUDA)
+    assert (backend.refusals(plan, call) == []) == takes_full_precision
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["causal_window-left", "symmetric_window-right", "causal-holes"])
+@pytest.mark.parametrize("backend", REAL[:2], ids=lambda backend: backend.name)
+def test_long_masks_are_taken_in_parts(
+    backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets into a mask of 2**32 elements overflow in torch's kernel: pytorch #187227."""
+    case = Case(_core(name, 97), 4, 2, 64, 64, "tokens first", torch.float16, True)
+    if not takes(backend, case):
+        pytest.skip("not a case of this backend")
+    calls = []
+    attention_of_torch = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        return attention_of_torch(*args, **kwargs)
+
+    monkeypatch.setattr(sdpa, "_MASK_LIMIT", 1000)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    run_case(backend, case, CUDA)
+    assert len(calls) > 3

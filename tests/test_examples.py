@@ -1,0 +1,255 @@
+"""The examples run, the drop-in is two lines, and what the README shows works."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import smartattn
+from smartattn import cli, packing
+from smartattn.backends import base
+from smartattn.call import Call
+from smartattn.integration import smart_attention
+from smartattn.plan import Pattern, Plan
+
+from . import real_models
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
+
+needs_models = pytest.mark.skipif(
+    real_models.missing() is not None, reason=real_models.missing() or "installed"
+)
+#: The models that tests share are on the CPU.
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the demo covers CUDA")
+#: Reading SmolLM2 and generating takes a minute on one core, more beside other tests.
+slow_start = pytest.mark.timeout(900)
+#: Only one worker reads it.
+shares_smollm2 = pytest.mark.xdist_group("smollm2")
+
+
+def run(*arguments: object) -> str:
+    """Standard output of ``python arguments`` in the repo's root; it must succeed."""
+    source = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "src")]))
+    environment = os.environ | {"PYTHONPATH": source, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_main(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and output of the ``main`` of an example, on the models that tests share."""
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        for loader in ("minilm", "smollm2"):
+            cached = getattr(real_models, loader)
+            patch.setattr(module, f"load_{loader}", lambda *_, c=cached, **__: c(), raising=False)
+        code: int = module.main()
+    return code, capsys.readouterr().out
+
+
+@needs_models
+@slow_start
+def test_demo_agrees_with_eager_and_ends_with_the_choices() -> None:
+    output = run(EXAMPLES / "demo.py", "--rounds", 1)
+    assert "MiniLM embed" in output
+    assert "tokens equal" in output
+    assert "within" in output
+    assert "Paris" in output
+    assert "what smart chose" in output.split("smart against sdpa")[1]
+
+
+@needs_models
+@slow_start
+@shares_smollm2
+@on_cpu
+def test_generation_compares_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_smollm2 = importlib.import_module("generate_smollm2")
+    monkeypatch.setattr(generate_smollm2, "NEW_TOKENS", 3)
+    code, output = run_main("generate_smollm2", capsys, "--rounds", "1")
+    assert code == 0
+    assert "tokens equal" in output
+    assert "what smart chose" in output
+
+
+@needs_models
+@on_cpu
+def test_embedding_ranks_alike_sentences_and_prints_choices(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, output = run_main("embed_minilm", capsys, "--rounds", "1")
+    assert code == 0
+    cat, kitten, rates = (line.split()[:4] for line in output.splitlines()[:3])
+    assert float(cat[1]) > 0.5 > float(cat[2])
+    assert float(kitten[0]) > 0.5 > float(rates[0])
+    assert "what smart chose" in output
+
+
+@needs_models
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "words"), [("embed_minilm", "OFF BY"), ("generate_smollm2", "TOKENS DIFFER")]
+)
+@slow_start
+@shares_smollm2
+def test_examples_fail_if_attention_is_wrong(
+    name: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any, **keywords: Any) -> Any:
+        output, weights = smart_attention(*arguments, **keywords)
+        return output.roll(1, dims=0), weights
+
+    monkeypatch.setattr(importlib.import_module("generate_smollm2"), "NEW_TOKENS", 3)
+    transformers.AttentionInterface.register("smart", wrong)
+    try:
+        code, output = run_main(name, capsys, "--rounds", "1")
+    finally:
+        smartattn.register()
+    assert code == 1
+    assert words in output
+
+
+def test_drop_in_is_two_added_lines() -> None:
+    before, after = (
+        (EXAMPLES / "drop_in" / name).read_text().splitlines() for name in ("before.py", "after.py")
+    )
+    changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    assert changes == ["+ import smartattn", '+         attn_implementation="smart",']
+
+
+@needs_models
+def test_drop_in_ranks_as_before() -> None:
+    before, after = (
+        run(EXAMPLES / "drop_in" / name).splitlines() for name in ("before.py", "after.py")
+    )
+    assert before[:-1] == after[:-1]
+    assert "ferry" in after[0]
+
+
+@needs_models
+def test_drop_in_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "drop_in")
+    code, output = run_main("side_by_side", capsys)
+    assert code == 0
+    assert '+        attn_implementation="smart",' in output
+    assert re.search(r"before \(sdpa\): .* ms\nafter \(smart\): .* ms\n", output)
+    assert "backend" in output
+
+
+# -- README ----------------------------------------------------------------------------------------
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+#: What the README's code takes for granted: a model's name and a tokenized batch.
+PRELUDE = """
+import sys
+
+sys.path.insert(0, "examples")
+from local_models import find_minilm
+from transformers import AutoTokenizer
+
+name = str(find_minilm())
+texts = ["A short text.", "A text that is somewhat longer than the one before it."]
+batch = AutoTokenizer.from_pretrained(name)(texts, padding=True, return_tensors="pt")
+"""
+
+
+@needs_models
+def test_python_in_the_readme_runs(tmp_path: Path) -> None:
+    code = blocks("python")
+    assert len(code) >= 3
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join([PRELUDE, *code]))
+    assert "backend" in run(program)
+
+
+def test_commands_in_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line.split("#")[0].split() for line in lines if line.split("#")[0].strip()]
+    targets = {words[1] for words in commands if words[0] == "make"}
+    assert targets >= {"demo", "test"}
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    own = [words for words in commands if words[0] == "smartattn"]
+    assert own
+    for _, subcommand, *arguments in own:
+        assert cli.run([subcommand, "--help"]) == 0
+        described = capsys.readouterr().out
+        for option in (word for word in arguments if word.startswith("--")):
+            assert option in described
+
+
+def test_the_recipe_for_a_backend_fits_the_contract() -> None:
+    (code,) = blocks("py", (ROOT / "CONTRIBUTING.md").read_text())
+    names = {**vars(base), "varlen_refusals": packing.varlen_refusals}
+    exec("from __future__ import annotations\n" + code, names)
+    backend = names["MyBackend"]()
+    plan = Plan(2, 4, 4, Pattern.CAUSAL, torch.device("cpu"))
+    call = Call(torch.device("cpu"), torch.float32, 2, 4, 4, 2, 2, 8, 8)
+    assert len(backend.refusals(plan, call)) == 2  # The device and the dtype.
+    assert callable(backend.bind(plan, call))
+
+
+def _label(tag: str) -> str:
+    """The README's words for a measurement's tag."""
+    model, task, batch, length, padding, rest = re.fullmatch(
+        r"(bert|llama) (fwd|train|generate) B(\d+) S(\d+) pad([\d.]+) (.+)", tag
+    ).groups()
+    name = {"bert": "BERT-large", "llama": "Llama 1.1B"}[model]
+    what = {"fwd": "forward", "train": "training step"}.get(task, f"{rest[1:]} new tokens")
+    side = "" if task == "generate" else f" on the {rest}"
+    padded = f", {float(padding):.0%} padding{side}" if float(padding) else ""
+    return f"{name} {what}, {batch} x {length}{padded}"
+
+
+def _cell(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds > 99.95 else f"{milliseconds:.1f}"
+
+
+def test_figures_in_the_readme_are_those_measured() -> None:
+    measured = set()
+    for file in (ROOT / "docs/data").glob("h200_model_forwards*.json"):
+        for row in json.loads(file.read_text()):
+            if {"sdpa", "flash_attention_2", "p_fa2"} <= row["r"].keys():
+                cells = (_cell(row["r"][k]) for k in ("sdpa", "flash_attention_2", "p_fa2"))
+                measured.add(f"| {_label(row['tag'])} | {' | '.join(cells)} |")
+    table = README.split("<!-- h200-table -->")[1].split("<!-- /h200-table -->")[0]
+    lines = table.strip().splitlines()[2:]
+    assert len(lines) >= 8
+    assert set(lines) <= measured
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"

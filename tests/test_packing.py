@@ -1,0 +1,157 @@
+"""Padded to packed and back, in every memory layout, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smartattn.call import Call
+from smartattn.packing import bind_packed, gather, packs_queries, scatter, varlen_refusals
+from smartattn.plan import Pattern, Plan, VarlenLayout
+
+CPU = torch.device("cpu")
+thorough = settings(max_examples=150, deadline=None, derandomize=True)
+LAYOUTS = ("tokens first", "heads first", "fused", "expanded heads", "sliced")
+
+
+def _states(layout: str, batch: int, heads: int, length: int, dim: int) -> torch.Tensor:
+    """(batch, heads, length, dim) of distinct values."""
+    values = torch.arange(batch * length * heads * dim, dtype=torch.float32)
+    values = values.view(batch, length, heads, dim)
+    if layout == "heads first":
+        return values.transpose(1, 2).contiguous()
+    if layout == "fused":
+        return torch.cat([values, -values], dim=-1)[..., :dim].transpose(1, 2)
+    if layout == "expanded heads":
+        return values[:, :, :1].transpose(1, 2).expand(batch, heads, length, dim)
+    if layout == "sliced":
+        longer = torch.cat([values, -values], dim=1).transpose(1, 2).contiguous()
+        return longer[:, :, :length]
+    return values.transpose(1, 2)
+
+
+@st.composite
+def tokens(draw: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States and an index of some of their tokens, in order; None for all of them."""
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    layout = draw(st.sampled_from(LAYOUTS))
+    states = _states(layout, batch, draw(st.integers(1, 3)), length, draw(st.integers(1, 4)))
+    if draw(st.integers(0, 3)) == 0:
+        return states, None
+    chosen = draw(st.sets(st.integers(0, batch * length - 1)))
+    return states, torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+@thorough
+@given(tokens())
+def test_gather_takes_tokens_by_their_place(given_: Any) -> None:
+    states, index = given_
+    batch, heads, length, dim = states.shape
+    packed = gather(states, index)
+    places = range(batch * length) if index is None else index.tolist()
+    assert packed.shape == (len(places), heads, dim)
+    for row, place in enumerate(places):
+        assert torch.equal(packed[row], states[place // length, :, place % length])
+
+
+@thorough
+@given(tokens())
+def test_scatter_puts_them_back_among_zeros(given_: Any) -> None:
+    states, index = given_
+    batch, heads, length, dim = states.shape
+    padded = scatter(gather(states + 1, index), index, batch, length)
+    assert padded.shape == (batch, length, heads, dim)
+    kept = torch.ones(batch * length, dtype=torch.bool)
+    if index is not None:
+        kept[:] = False
+        kept[index] = True
+    kept = kept.view(batch, length)
+    assert torch.equal(padded[kept], (states + 1).transpose(1, 2)[kept])
+    assert not padded[~kept].any()
+
+
+@thorough
+@given(tokens())
+def test_gradients_go_there_and_back(given_: Any) -> None:
+    states, index = given_
+    batch, heads, length, dim = states.shape
+    leaf = states.clone().requires_grad_()
+    view = leaf * 1.0
+    packed = gather(view, index)
+    weights = torch.randn(batch, length, heads, dim)
+    (scatter(packed * 2, index, batch, length) * weights).sum().backward()
+    kept = torch.ones(batch * length) if index is None else torch.zeros(batch * length)
+    if index is not None:
+        kept[index] = 1.0
+    expected = 2 * weights * kept.view(batch, length, 1, 1)
+    assert torch.allclose(leaf.grad, expected.transpose(1, 2))
+
+
+def test_nothing_is_copied_where_all_tokens_lie_in_order() -> None:
+    states = _states("tokens first", 2, 3, 5, 4)
+    assert gather(states, None).data_ptr() == states.data_ptr()
+    packed = gather(states, None)
+    assert scatter(packed, None, 2, 5).data_ptr() == states.data_ptr()
+
+
+def _call(plan: Plan, **facts: Any) -> Call:
+    facts = {"heads": 2, "kv_heads": 2, "head_dim": 4, "value_head_dim": 4, **facts}
+    return Call(CPU, torch.float32, plan.batch, plan.q_len, plan.kv_len, **facts)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "packed", "self_attention", "q_len", "expected"),
+    [
+        (Pattern.CAUSAL, False, False, 4, True),
+        (Pattern.CAUSAL, False, True, 4, True),
+        (Pattern.BIDIRECTIONAL, False, False, 4, False),
+        (Pattern.BIDIRECTIONAL, False, True, 4, True),
+        (Pattern.BIDIRECTIONAL, True, False, 4, True),
+        (Pattern.CAUSAL, False, True, 1, False),
+        (Pattern.BIDIRECTIONAL, False, False, 1, False),
+        (Pattern.CAUSAL, True, False, 1, True),
+    ],
+)
+def test_whose_queries_are_packed(
+    pattern: Pattern, packed: bool, self_attention: bool, q_len: int, expected: bool
+) -> None:
+    starts = np.ones((2, q_len), dtype=bool) if packed else None
+    plan = Plan(2, q_len, q_len, pattern, CPU, packed=starts)
+    assert packs_queries(plan, _call(plan, self_attention=self_attention)) is expected
+
+
+def test_the_kernel_gets_the_layout_and_the_tokens_of_the_plan() -> None:
+    real = np.array([[False, True, True], [True, True, True], [False, False, True]])
+    plan = Plan(3, 3, 3, Pattern.CAUSAL, CPU, real=real)
+    call = _call(plan)
+    seen: list[VarlenLayout] = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout) -> Any:
+        seen.append(layout)
+        assert q[:, 0, 0].tolist() == k[:, 1, 0].tolist() == [1, 2, 3, 4, 5, 8]
+        return v + q
+
+    query = torch.arange(9.0).view(3, 1, 3, 1).expand(3, 2, 3, 4)
+    run = bind_packed(kernel, plan, call)
+    output = run(query, query, query * 10, {})
+    expected = torch.tensor([[0, 11, 22], [33, 44, 55], [0, 0, 88.0]])
+    assert torch.equal(output[:, :, 0, 0], expected)
+    run(query, query, query, {})
+    assert seen[0] is seen[1] is plan.varlen(True)
+    assert seen[0].cu_seqlens_q.tolist() == [0, 2, 5, 6]
+
+
+def test_refusals_come_all_at_once() -> None:
+    real = np.array([[True, False, True, False]])
+    plan = Plan(1, 4, 4, Pattern.CAUSAL, CPU, window=1, real=real)
+    reasons = varlen_refusals(plan, _call(plan, keep_padding_output=True))
+    assert reasons == [
+        "padding positions of the output are to be kept",
+        "a window cannot be packed across holes in the mask",
+    ]
+    assert varlen_refusals(plan, _call(plan)) == reasons[1:]
