@@ -1,7 +1,8 @@
 # Set-up happens by itself and is kept: the second run of a target is fast.
 #
 #   make demo                  both real models under "smart", checked against eager attention
-#   make test                  the tests on both ends of the supported range of Transformers
+#   make test                  all tests on the newest Transformers, all but the slow ones on the
+#                              oldest that is supported
 #   make lint                  ruff and mypy
 #
 # Variables:
@@ -29,7 +30,7 @@ FLOOR_READY := .venv/.floor-ready
 TEST_FLOOR := test-floor
 endif
 PIP = $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST) $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST)
 
 .PHONY: demo test test-newest test-floor lint gpu-report bench sweep mutations clean
 .DELETE_ON_ERROR:
@@ -43,10 +44,10 @@ demo: $(DEMO_READY)
 test: test-newest $(TEST_FLOOR)
 
 test-newest: $(TEST_READY)
-	$(PYTEST)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-floor: $(TEST_READY) $(FLOOR_READY)
-	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST)
+	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check

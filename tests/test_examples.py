@@ -70,6 +70,7 @@ def run_main(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
 
 @needs_models
 @slow_start
+@pytest.mark.slow
 def test_demo_agrees_with_eager_and_ends_with_the_choices() -> None:
     output = run(EXAMPLES / "demo.py", "--rounds", 1)
     assert "MiniLM embed" in output
@@ -140,6 +141,7 @@ def test_drop_in_is_two_added_lines() -> None:
 
 
 @needs_models
+@pytest.mark.slow
 def test_drop_in_ranks_as_before() -> None:
     before, after = (
         run(EXAMPLES / "drop_in" / name).splitlines() for name in ("before.py", "after.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 import tempfile
 import time
 import traceback
@@ -41,6 +42,7 @@ BASELINE = "sdpa"
 # name it does not know, and one that never calls the interface, from a fault of the tested one.
 CONTROL = "sweep_control"
 MAX_PARAMETERS = 12_000_000
+ATTENTION_CLASS = re.compile("[Aa]ttention|Attn|MLA")
 
 AGREE, DISAGREE, ERROR, SKIP, REJECTED = "agree", "disagree", "error", "skip", "rejected"
 
@@ -116,7 +118,7 @@ def _save_tiny_model(architecture: Architecture, folder: Path, record: Examinati
             raise NotBuilt(f"{record.parameters / 1e6:.0f}M parameters even when shrunk")
         torch.manual_seed(0)
         model = model_class._from_config(config, attn_implementation=REFERENCE)
-        if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        if not any(ATTENTION_CLASS.search(type(module).__name__) for module in model.modules()):
             raise NotBuilt("has no attention")
         model.save_pretrained(folder)
     except NotBuilt:

@@ -125,6 +125,7 @@ _SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "patch_size": 4
 OVERRIDES: dict[str, dict[str, Any]] = {
     **{model_type: {"rope_parameters": _MROPE} for model_type in _MROPE_TEXT_MODELS},
     **dict.fromkeys(_SWIN_MODELS, _SWIN),
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE},
@@ -155,10 +156,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}},
     "glm5_next_text": {"index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl_text": {"rope_parameters": _MROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
+    "longcat_flash": {"head_dim": HEAD_DIM // 2},
     "mistral4": {"qk_nope_head_dim": HEAD_DIM // 2},
     "mobilebert": {"initializer_range": 0.02},  # without normalisation, noise would grow
     "moonshine": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
@@ -170,6 +174,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
     "step3p5": {"sliding_window": WINDOW},
     "xmod": {"default_language": "en_XX"},
