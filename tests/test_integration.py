@@ -473,3 +473,29 @@ def test_the_trace_of_a_model_is_plain_data() -> None:
     assert all(row["facts"]["real_tokens"] == int(MASKS["left"].sum()) for row in rows)
     assert [row["calls"] for row in rows] == [1, 1]
     assert str(trace).count("\n") == 2
+
+
+def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> None:
+    """The plan of a None mask is shared by all forwards of one shape, so it must not grow."""
+    from smartattn import integration, profile
+
+    layer = tiny_model("bert", "smart").encoder.layer[0].attention.self
+    states = [torch.randn(1, 4, 6, 8) for _ in range(3)]
+    for _ in range(3 * integration._MAX_CHOICES):
+        with smartattn.trace():
+            integration.smart_attention(layer, *states, None)
+    device = torch.device("cpu")
+    in_force = profile.profile_for(device)
+    plan = integration._unmasked_plan(1, 6, 6, False, device, id(in_force))
+    assert 0 < len(plan.decisions) <= integration._MAX_CHOICES
+    try:
+        profile.set_profile(None)
+        assert profile.profile_for(device) is not in_force
+        with smartattn.trace() as trace:
+            integration.smart_attention(layer, *states, None)
+        assert len(trace.rows) == 1
+        fresh = integration._unmasked_plan(1, 6, 6, False, device, id(profile.profile_for(device)))
+        assert fresh is not plan
+        assert len(fresh.decisions) == 1
+    finally:
+        profile.set_profile(None)

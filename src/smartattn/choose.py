@@ -118,7 +118,7 @@ class Chooser:
         self._known: dict[Hashable, Decision] = {}
 
     def __call__(
-        self, plan: Plan, call: Call, profile: Profile, allowed: Sequence[str] | None = None
+        self, plan: Plan, call: Call, profile: Profile, allowed: tuple[str, ...] | None = None
     ) -> Decision:
         """The decision for a call; see :func:`choose`."""
         key = (id(profile), allowed, _kind(plan, call))

@@ -336,6 +336,8 @@ _SELF_ATTENTION_PARAMETERS = frozenset(
 
 
 _chooser = Chooser(BACKENDS)
+#: Choices that one plan remembers; a forward makes one per distinct kind of layer.
+_MAX_CHOICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +420,9 @@ def smart_attention(
     )
     choice = plan.decisions.get(signature)
     if choice is None:
+        if len(plan.decisions) >= _MAX_CHOICES:
+            # The plan of a None mask outlives its forward, and with it what callers have set.
+            plan.decisions.clear()
         choice = plan.decisions[signature] = _choose(
             module, query, key, value, plan, dropout, scaling, features, kwargs, settings
         )
@@ -435,7 +440,9 @@ def _plan_of(
     """The plan that a mask carries, or one for a mask that carries none."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
-        return _unmasked_plan(batch, q_len, kv_len, bool(is_causal) and q_len > 1, query.device)
+        device = query.device
+        causal = bool(is_causal) and q_len > 1
+        return _unmasked_plan(batch, q_len, kv_len, causal, device, id(profile_for(device)))
     if type(mask) is PlanMask:
         plan = mask.plan
         if plan is not None:
@@ -454,8 +461,13 @@ def _plan_of(
 
 
 @functools.lru_cache(maxsize=256)
-def _unmasked_plan(batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device) -> Plan:
-    """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward."""
+def _unmasked_plan(
+    batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device, profile: int
+) -> Plan:
+    """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward.
+
+    ``profile`` is the identity of the profile in force: another one brings other choices.
+    """
     pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
     return Plan(batch, q_len, kv_len, pattern, device)
 
