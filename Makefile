@@ -46,8 +46,13 @@ test: test-newest $(TEST_FLOOR)
 test-newest: $(TEST_READY)
 	$(PYTEST) $(PYTEST_ARGS)
 
+# What an older Transformers can break: all but the tests of code that never sees it.
+FLOOR_TESTS := $(filter-out $(addprefix tests/test_,$(addsuffix .py,\
+	backends_matrix calibrate choose cli examples fit packing profile reference sweep_helpers wheel)),\
+	$(wildcard tests/test_*.py))
+
 test-floor: $(TEST_READY) $(FLOOR_READY)
-	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST) -m "not slow" $(FLOOR_TESTS) $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check
