@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Inductor imports setuptools late, which otherwise fails where distutils is already loaded.
+os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 os.environ.pop("SMARTATTN_PROFILE", None)
 
 import pytest

@@ -250,7 +250,7 @@ def test_too_few_samples_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "too few samples" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_quick_on_a_cpu_takes_at_most_a_minute(tmp_path: Path) -> None:
     """Imports, measuring, fit and all, with the threads that a user has."""
     environment = {
