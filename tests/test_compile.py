@@ -268,6 +268,7 @@ def test_export_of_an_encoder(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.inductor
 def test_the_default_compiler(name: str) -> None:
     """Inductor itself, once."""
     model = small_model(name)
