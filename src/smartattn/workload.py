@@ -15,7 +15,8 @@ import torch
 
 from .call import Call
 from .cost import Mode
-from .plan import BoolArray, IntArray, Pattern, Plan
+from .layouts import IntArray
+from .plan import BoolArray, Pattern, Plan
 
 Side = Literal["none", "left", "right", "packed"]
 Spread = Literal["uniform", "skewed", "same"]
