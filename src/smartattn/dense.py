@@ -52,17 +52,14 @@ def bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     *shape, width = mask.shape
     aligned = -(-width // _ALIGNMENT) * _ALIGNMENT
-    additive = torch.full((*shape, aligned), hidden(dtype), dtype=dtype, device=mask.device)
+    additive = torch.full((*shape, aligned), HIDDEN, dtype=dtype, device=mask.device)
     return additive[..., :width].masked_fill_(mask, 0.0)
 
 
-def hidden(dtype: torch.dtype) -> float:
-    """What is added to the scores of hidden keys.
-
-    Far below every score, and far enough from the lowest number of float32, in which kernels
-    compute, that a scaled score added to it does not become infinite.
-    """
-    return max(torch.finfo(dtype).min, -1e30)
+#: What is added to the scores of hidden keys, the lowest number of float16. It is far below every
+#: score. Kernels subtract it again, in float32 and in different orders, from which a much lower
+#: number comes out as infinity.
+HIDDEN = -65504.0
 
 
 def local_mask(

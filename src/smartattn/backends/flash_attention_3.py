@@ -11,7 +11,7 @@ import torch
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..packing import varlen_refusals
-from ..plan import Plan
+from ..plan import Padding, Plan
 from .base import Backend, Support
 from .flash import (
     DenseKernel,
@@ -108,7 +108,9 @@ class FlashAttention3Backend(Backend):
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        how = route(plan, call, key_bounds=True, in_place=True)
+        # It loads whole tiles and multiplies what lies behind the last key by zero, which NaN
+        # survives: nothing but the end of the tensor may lie there.
+        how = route(plan, call, key_bounds=plan.padding is Padding.LEFT, in_place=False)
         if how in (Route.DENSE, Route.KEY_BOUNDS):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)

@@ -119,7 +119,7 @@ def attend(
         # Offsets into the mask overflow in the memory-efficient kernel: pytorch #187227.
         rows = max(1, _MASK_LIMIT // mask.shape[-1])
         parts = zip(torch.split(query, rows, 2), torch.split(mask, rows, -2), strict=True)
-        return torch.cat([_sdpa(q, key, value, m, False, False, call) for q, m in parts], dim=2)
+        return torch.cat([_sdpa(q, key, value, m, False, grouped, call) for q, m in parts], dim=2)
     return _sdpa(query, key, value, mask, causal, grouped, call)
 
 
