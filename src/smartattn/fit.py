@@ -249,7 +249,8 @@ def fit_profile(
             kept.append(rule.model_copy(update={"prefer": prefer}))
     return Profile(
         name=header.device.slug,
-        notes="Made by `smartattn calibrate`; times in microseconds, caches warm.",
+        notes="Made by `smartattn calibrate`; times in microseconds, caches "
+        + ("flushed before each call." if header.cold else "warm."),
         device=header.device,
         versions=header.versions,
         date=header.date,
@@ -260,6 +261,8 @@ def fit_profile(
             seed=header.seed,
             raw_samples=raw_samples,
             excluded=header.excluded,
+            cold=header.cold,
+            complaints=header.complaints,
         ),
         rules=tuple(kept),
         thresholds=tuple(thresholds(costs, device)),

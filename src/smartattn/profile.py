@@ -113,6 +113,10 @@ class Run(Record):
     raw_samples: Line | None = None
     #: Backends left out because their outputs were wrong, each with the evidence.
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
+    #: The caches were flushed before every timed call.
+    cold: bool = False
+    #: What makes the timings doubtful: other work on the device, throttling.
+    complaints: Annotated[tuple[Sentence, ...], Field(max_length=16)] = ()
 
 
 class Profile(Record):

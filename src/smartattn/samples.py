@@ -81,6 +81,10 @@ class Header(Record):
     backends: Annotated[tuple[BackendName, ...], Field(max_length=64)] = ()
     #: Backends whose outputs were wrong or that failed, each with the evidence.
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
+    #: The caches were flushed before every timed call.
+    cold: bool = False
+    #: What makes the timings doubtful: other work on the device, throttling.
+    complaints: Annotated[tuple[Sentence, ...], Field(max_length=16)] = ()
 
 
 _NUMBERS = tuple(
