@@ -105,10 +105,11 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
         if regime is not None:
             rows[sample.backend, regime].append((amounts, sample))
     # Regimes that differ in head_dim, and in whether they are causal, have most in common: the
-    # amounts of work speak of both.
+    # amounts of work speak of both. Right padding that a kernel need not know of is none to it.
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
     for (backend, regime), found in sorted(rows.items()):
-        key = regime._replace(head_dim=0, causal=False)
+        layout = "plain" if regime.layout == "right" else regime.layout
+        key = regime._replace(head_dim=0, causal=False, layout=layout)
         alike[backend, key].append(_Table.of(regime, found))
     groups = [_Group(backend, regime, tables) for (backend, regime), tables in alike.items()]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
