@@ -282,8 +282,8 @@ MUTATIONS = (
     Mutation(
         "the slowest prediction wins",
         "choose.py",
-        "predicted, backend = min(costs",
-        "predicted, backend = max(costs",
+        "shortest = min(estimate",
+        "shortest = max(estimate",
         CHOOSE,
     ),
     Mutation(

@@ -64,6 +64,16 @@ QUICK = ["calibrate", "--device", "cpu", "--quick", "--budget"]
         (["fit", "{tmp}/text"], "safetensors"),
         (["show", "--profile", "{tmp}/missing.json"], "No such file"),
         (["show", "--profile", "{tmp}/text"], "not valid JSON"),
+        (["profiles", "show", "nothing"], "profiles list"),
+        (["profiles", "show", "../nvidia-h200"], "profiles list"),
+        (["profiles", "export", "nothing", "{tmp}/p.json"], "profiles list"),
+        (["profiles", "export", "nvidia-h200"], "export --help"),
+        (["profiles", "export", "nvidia-h200", "{tmp}/text"], "--force"),
+        (["profiles", "export", "nvidia-h200", "/proc/p.json"], "cannot write"),
+        (["profiles", "import", "{tmp}/missing.json"], "No such file"),
+        (["profiles", "import", "{tmp}/text"], "not valid JSON"),
+        (["profiles", "remove", "nothing"], "profiles list"),
+        (["profiles", "remove", "nvidia-h200"], "your own"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -248,6 +258,53 @@ def test_too_few_samples_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     samples.save(tmp_path / "raw", header, [])
     assert cli.run(["fit", str(tmp_path / "raw")]) == 2
     assert "too few samples" in capsys.readouterr().err
+
+
+def test_a_profile_moves_from_machine_to_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    assert cli.run(["profiles", "export", "nvidia-h200", str(sent)]) == 0
+    assert profile.load(sent / "nvidia-h200.json") == shipped
+    mine = shipped.model_copy(update={"name": "mine"})
+    profile.save(mine, sent / "mine.json")
+    assert cli.run(["profiles", "import", str(sent / "mine.json")]) == 0
+    out = capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert "no NVIDIA H200: the profile is kept, not used" in out
+    # It is found for that device from now on, before the shipped one.
+    assert shipped.device is not None
+    assert profile.find(shipped.device).profile == mine
+    assert cli.run(["profiles", "import", str(sent / "mine.json")]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.run(["profiles", "import", str(sent / "nvidia-h200.json"), "--force"]) == 0
+    assert profile.find(shipped.device).profile == shipped
+    assert cli.run(["profiles", "show", "nvidia-h200", "--map"]) == 0
+    assert "times as fast as the next one" in capsys.readouterr().out
+    assert cli.run(["profiles", "remove", "nvidia-h200"]) == 0
+    assert not list(profile.user_profiles().glob("*.json"))
+    assert profile.find(shipped.device).profile == shipped
+
+
+def test_a_profile_of_no_device_is_not_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    default = profile.shipped_profiles() / "default.json"
+    assert cli.run(["profiles", "import", str(default)]) == 2
+    assert "names no device" in capsys.readouterr().err
+
+
+def test_show_draws_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = str(profile.shipped_profiles() / "nvidia-h200.json")
+    assert cli.run(["show", "--profile", shipped, "--map"]) == 0
+    assert "decode, one query per sequence" in capsys.readouterr().out
+    assert cli.run(["show", "--plot", str(tmp_path / "map.png")]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert cli.run(["show", "--profile", shipped, "--plot", str(tmp_path / "map.png")]) == 0
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    assert cli.run(["show", "--profile", shipped, "--plot", str(tmp_path / "no" / "map.png")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.timing

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from ._version import __version__
+from .cli_errors import UserError
+from .cli_profiles import profiles_app
+from .cli_show import print_thresholds, show
 
 if TYPE_CHECKING:
     import torch
 
     from .calibrate import Outcome, Request
-    from .profile import Profile, Threshold
 
 # What needs torch is imported where it is used: --help and --version answer at once.
 
@@ -29,16 +30,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-profiles_app = typer.Typer(help="The profiles on this machine.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
+app.command()(show)
 
 #: Exit code for what the user can put right.
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-class UserError(Exception):
-    """Something the user can put right, said in one line."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -233,7 +230,7 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
             "machine. Calibrate again when it is idle, with --force.[/]",
             soft_wrap=True,
         )
-    _print_thresholds(profile.thresholds, console)
+    print_thresholds(profile.thresholds, console)
     console.print(f"Profile:     {escape(str(outcome.path))}", soft_wrap=True)
     console.print(f"Raw samples: {escape(str(outcome.samples))}", soft_wrap=True)
 
@@ -268,119 +265,5 @@ def fit(
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
     console = Console()
-    _print_thresholds(made.thresholds, console)
+    print_thresholds(made.thresholds, console)
     console.print(f"Profile: {escape(str(output))}", soft_wrap=True)
-
-
-# -- show ----------------------------------------------------------------------------------------
-
-
-@app.command()
-def show(
-    profile: Annotated[
-        Path | None, typer.Option(help="A profile to show, instead of those in force.")
-    ] = None,
-) -> None:
-    """Show the profile in force for each device, and its thresholds."""
-    from .profile import ProfileError, load
-
-    console = Console()
-    if profile is not None:
-        try:
-            _print_profile(load(profile), console)
-        except ProfileError as error:
-            raise UserError(f"{profile} cannot be used: {error}") from None
-        return
-    import torch
-
-    from .machine import identify, versions
-    from .profile import find
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for one in [torch.device("cuda", n) for n in range(count)] + [torch.device("cpu")]:
-        identity = identify(one)
-        found = find(identity)
-        console.print(
-            f"[bold]{one}[/] ({escape(str(identity))}): profile [bold]{escape(found.profile.name)}"
-            f"[/], {found.source}, {escape(str(found.path))}",
-            soft_wrap=True,
-        )
-        for phrase in found.passed_over:
-            console.print(f"  {escape(phrase)}", soft_wrap=True)
-        if identity is not None and found.profile.versions is not None:
-            for difference in found.profile.versions.differences(versions(identity.kind)):
-                console.print(f"  measured with {escape(difference)}: calibrate again")
-        _print_profile(found.profile, console)
-
-
-def _print_profile(profile: Profile, console: Console) -> None:
-    if profile.device is not None:
-        made = f", {profile.run.mode}, {profile.run.samples} samples" if profile.run else ""
-        console.print(f"Measured on {escape(str(profile.device))}, {profile.date}{made}")
-    for backend, reason in (profile.run.excluded if profile.run else {}).items():
-        console.print(f"{backend} is left out: {escape(reason)}", soft_wrap=True)
-    if profile.thresholds:
-        _print_thresholds(profile.thresholds, console)
-    elif profile.rules:
-        table = Table("when", "prefer", Column("because", overflow="fold"), title="Rules")
-        for rule in profile.rules:
-            conditions = rule.when.model_dump(exclude_none=True)
-            table.add_row(
-                ", ".join(f"{name} {value}" for name, value in conditions.items()) or "otherwise",
-                ", ".join(rule.prefer),
-                escape(rule.because),
-            )
-        console.print(table)
-
-
-def _print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
-    table = Table(
-        "call",
-        "head dim",
-        "padding",
-        "fastest from which key length on (times faster than the next one there)",
-        title="Thresholds",
-    )
-    last = None
-    for threshold in thresholds:
-        pattern = (
-            "" if threshold.mode == "decode" else " causal" if threshold.causal else " both ways"
-        )
-        call = f"{threshold.mode}{pattern}, {threshold.layout}, {threshold.dtype}"
-        group = (call, threshold.head_dim)
-        if last is not None and group != last:
-            table.add_section()
-        winners = [
-            f"{winner.from_kv_len}: {winner.backend} ({winner.speedup:.2f})"
-            for winner in threshold.winners
-        ]
-        table.add_row(
-            call if group != last else "",
-            str(threshold.head_dim) if group != last else "",
-            f"{threshold.padding_share:.0%}",
-            ", ".join(winners),
-        )
-        last = group
-    if table.row_count:
-        console.print(table)
-
-
-# -- profiles ------------------------------------------------------------------------------------
-
-
-@profiles_app.command("list")
-def list_profiles() -> None:
-    """List the user's own and the shipped profiles."""
-    from .profile import ProfileError, load, shipped_profiles, user_profiles
-
-    table = Table("whose", "profile", "device", "date", Column("file", overflow="fold"))
-    for whose, folder in (("yours", user_profiles()), ("shipped", shipped_profiles())):
-        for path in sorted(folder.glob("*.json")):
-            try:
-                found = load(path)
-            except ProfileError as error:
-                table.add_row(whose, "unusable", escape(str(error)), "", escape(str(path)))
-                continue
-            device = escape(str(found.device)) if found.device else "any"
-            table.add_row(whose, escape(found.name), device, found.date or "", escape(str(path)))
-    Console().print(table)

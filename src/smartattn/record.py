@@ -24,6 +24,8 @@ class TraceRow:
     reason: str
     refused: dict[str, tuple[str, ...]]
     predicted_us: dict[str, float]
+    #: What was to be small, e.g. "latency" or "memory within 1.5 times the fastest".
+    objective: str = "latency"
     calls: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +51,8 @@ class Trace:
         seen = self._seen.get(id(decision))
         if seen is None or seen[0] is not plan:
             facts = plan.describe()
-            key = (*facts.items(), call, decision.backend.name, decision.reason)
+            name = decision.backend.name
+            key = (*facts.items(), call, name, decision.reason, decision.objective)
             row = self._rows.get(key)
             if row is None:
                 row = self._rows[key] = _row(facts, call, decision)
@@ -109,4 +112,5 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
             for v in decision.verdicts
             if v.predicted_us is not None
         },
+        objective=str(decision.objective),
     )
