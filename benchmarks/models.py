@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import gc
 import json
+import random
 import statistics
 import sys
 import time
@@ -293,12 +294,13 @@ def measure(
             result.difference[name] = float((values - reference).abs().max() / scale)
         del output, values
     end = time.perf_counter() + seconds
-    order = list(times)
+    order, shuffle = list(times), random.Random(0)
     for number in range(rounds):
+        # Whoever comes first or after another must not always be the same.
+        shuffle.shuffle(order)
         for name in order:
             model.set_attn_implementation(name)
             times[name].append(_timed(run, number + 1, device))
-        order.append(order.pop(0))
         if number >= 2 and time.perf_counter() > end:
             break
     for name, values_ms in times.items():

@@ -67,6 +67,20 @@ def header(**changes: object) -> Header:
     return given.model_copy(update=changes)
 
 
+def test_kernels_that_are_built_for_each_shape_are_noticed() -> None:
+    samples = []
+    for place, sample in enumerate(samples_of(drawn(16))):
+        # The first calls of a process load code, whatever the backend.
+        loading = 4e5 if place < 4 else 0.0
+        builds = 37_000.0 if sample.backend == "sdpa" else 300.0
+        first_us = sample.device_us + builds + loading
+        samples.append(replace(sample, first_us=first_us))
+    found = {cost.backend: cost.build_us for cost in fit_costs(samples, CUDA)}
+    assert found == {"sdpa": 37_000.0, "torch_varlen": 0.0}
+    unknown = [replace(sample, first_us=0.0) for sample in samples]
+    assert {cost.build_us for cost in fit_costs(unknown, CUDA)} == {0.0}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 2**31))
 def test_least_squares_meets_its_optimality_conditions(columns: int, rows: int, seed: int) -> None:

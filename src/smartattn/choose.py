@@ -58,6 +58,8 @@ class Verdict:
     #: Predicted peak memory in bytes, and error relative to the largest value; None likewise.
     predicted_bytes: float | None = None
     expected_error: float | None = None
+    #: Microseconds that building kernels for a new shape takes.
+    build_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,12 @@ class Decision:
     @property
     def predicted_us(self) -> float | None:
         """Predicted time of the chosen backend in microseconds."""
-        for verdict in self.verdicts:
-            if verdict.backend == self.backend.name:
-                return verdict.predicted_us
-        return None
+        return self.verdict.predicted_us
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the chosen backend said."""
+        return next(v for v in self.verdicts if v.backend == self.backend.name)
 
 
 def choose(

@@ -99,6 +99,8 @@ class Cost(Record):
     #: Median over the samples of the largest error against float64, relative to the largest
     #: reference value; None if it was not measured.
     error: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
+    #: What the first call of each new shape takes longer, for kernels that are built for a shape.
+    build_us: Coefficient = 0.0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
     samples: Annotated[int, Field(ge=1, le=10**9)]
@@ -130,6 +132,8 @@ class Estimate(NamedTuple):
     #: Peak memory above the inputs in bytes, and relative error; None where it was not measured.
     peak_bytes: float | None
     error: float | None
+    #: Microseconds that the first call of a shape takes longer; 0 if none is known.
+    build_us: float = 0.0
 
 
 class _Model(NamedTuple):
@@ -142,6 +146,7 @@ class _Model(NamedTuple):
     prepare: _Terms
     memory: _Terms
     error: float | None
+    build_us: float
 
 
 class Predictor:
@@ -158,6 +163,7 @@ class Predictor:
                 prepare=_terms(cost.prepare_us),
                 memory=_terms(cost.peak_bytes),
                 error=cost.error,
+                build_us=cost.build_us,
             )
             self._models.setdefault((cost.backend, *cost.regime[:4]), []).append(model)
         for models in self._models.values():
@@ -194,6 +200,7 @@ class Predictor:
             us=us + _weighted(model.prepare, amounts) / LAYERS,
             peak_bytes=scale * _weighted(model.memory, amounts) if model.memory else None,
             error=model.error,
+            build_us=model.build_us,
         )
 
 

@@ -9,8 +9,9 @@ them).
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,14 +34,19 @@ class _Shape:
 
 
 class FirstUses:
-    """Which backend has been built for which shapes, and what not building has cost."""
+    """Which backend has been built for which shapes, and what not building has cost.
 
-    def __init__(self) -> None:
+    Args:
+        backends: all that a decision may be about.
+    """
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self._backends = {backend.name: backend for backend in backends}
         self._shapes: dict[Hashable, _Shape] = {}
 
     def bind(self, decision: Decision, plan: Plan, call: Call) -> tuple[Decision, Runner]:
         """The decision with what it costs to build taken into account, and its runner."""
-        build_us = decision.profile.build_us(decision.backend.name, plan, call)
+        build_us = decision.verdict.build_us
         if not build_us:
             return decision, decision.backend.bind(plan, call)
         shape = self._shape(decision.backend, plan, call)
@@ -51,7 +57,7 @@ class FirstUses:
         backend, loss_us = other
         reason = (
             f"{decision.backend.name} would first have to build kernels for this shape "
-            f"({build_us / 1e3:.0f} ms), and be {loss_us:.0f} us faster from then on"
+            f"({build_us / 1e3:.0f} ms), which pays once it has come often enough"
         )
         chosen = replace(decision, backend=backend, reason=reason)
         wait = _Waiting(shape, loss_us, build_us, backend, decision.backend, plan, call)
@@ -73,22 +79,23 @@ class FirstUses:
             shape = self._shapes[key] = _Shape()
         return shape
 
-    @staticmethod
-    def _alternative(decision: Decision, plan: Plan, call: Call) -> tuple[Backend, float] | None:
+    def _alternative(
+        self, decision: Decision, plan: Plan, call: Call
+    ) -> tuple[Backend, float] | None:
         """The fastest backend that has nothing to build, and what it takes longer in us."""
-        known = decision.predicted_us
-        if known is None:
+        known_us = decision.predicted_us
+        if known_us is None:
             return None
-        best: tuple[Backend, float] | None = None
-        for backend, predicted_us in decision.predictions():
-            loss_us = max(0.0, predicted_us - known)
-            if (
-                (best is None or loss_us < best[1])
-                and not decision.profile.build_us(backend.name, plan, call)
-                and not backend.refusals(plan, call)
-            ):
-                best = backend, loss_us
-        return best
+        others = sorted(
+            (verdict.predicted_us, verdict.backend)
+            for verdict in decision.verdicts
+            if verdict.predicted_us is not None and not verdict.build_us
+        )
+        for predicted_us, name in others:
+            backend = self._backends[name]
+            if not backend.refusals(plan, call):
+                return backend, max(0.0, predicted_us - known_us)
+        return None
 
 
 class _Waiting:
@@ -107,7 +114,7 @@ class _Waiting:
         self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
         self._now = now.bind(plan, call)
         self._later: Runner | None = None
-        self._bind_later = lambda: later.bind(plan, call)
+        self._bind_later: Callable[[], Runner] = functools.partial(later.bind, plan, call)
         # A checkpointed layer must run again as it ran in the forward.
         self._may_change = not call.grad
 

@@ -21,6 +21,8 @@ from .workload import Workload
 _FOLDS = 5
 #: How many samples the coefficients of all regimes of a group together count as, for those of one.
 _PRIOR_SAMPLES = 2.0
+#: First calls that take less than this longer allocate and look up; they do not build kernels.
+_BUILDING_US = 5_000.0
 #: Largest log error that one left-out sample counts for.
 _WORST_MISS = 1.5
 
@@ -217,10 +219,23 @@ class _Group:
             prepare_us=_named(prepare * per_dim),
             peak_bytes=_named(memory * per_dim),
             error=float(f"{np.median(errors):.3g}"),
+            build_us=_build_us(table.samples),
             longest_kv_len=max(sample.workload.kv_len for sample in table.samples),
             samples=len(table.samples),
             median_error=round(float(np.median(np.abs(predicted - measured) / measured)), 4),
         )
+
+
+def _build_us(samples: Sequence[Sample]) -> float:
+    """What the first call of a shape takes longer, 0 where no kernels are built for it.
+
+    The lower quartile: first calls of a process load code, too, but not three in four of them.
+    """
+    longer = [s.first_us - max(s.host_us, s.device_us) for s in samples if s.first_us > 0]
+    if len(longer) < FEWEST:
+        return 0.0
+    quartile = float(np.quantile(longer, 0.25))
+    return float(f"{quartile:.3g}") if quartile >= _BUILDING_US else 0.0
 
 
 def _named(coefficients: FloatArray) -> dict[str, float]:

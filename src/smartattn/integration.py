@@ -30,6 +30,7 @@ from .backends import BACKENDS
 from .call import Call, Runner
 from .choose import Chooser, Decision
 from .control import SETTINGS, Settings
+from .first_use import FirstUses
 from .mask import PlanMask
 from .masking import additive, smart_mask
 from .plan import Pattern, Plan
@@ -50,6 +51,7 @@ def register() -> None:
 # -- once per layer --------------------------------------------------------------------------------
 
 _chooser = Chooser(BACKENDS)
+_first_uses = FirstUses(BACKENDS)
 #: Choices that one plan remembers; a forward makes one per distinct kind of layer.
 _MAX_CHOICES = 64
 
@@ -223,12 +225,17 @@ def _choose(
         self_attention=is_self_attention(type(module))  # type: ignore[arg-type]
         and kwargs.get("encoder_hidden_states") is None,
         keep_padding_output=settings.pad_output == "sdpa",
+        token_major_keys=key.stride(1) < key.stride(2),
         has_eager=eager is not None,
         features=frozenset(wanted),
     )
-    decision = _chooser(plan, call, profile_for(query.device), settings.backends)
+    profile = profile_for(query.device)
+    decision = _chooser(plan, call, profile, settings.backends, settings.objective)
+    if settings.backends is None and settings.objective.goal == "latency":
+        decision, run = _first_uses.bind(decision, plan, call)
+    else:
+        run = decision.backend.bind(plan, call)
     _log(plan, call, decision)
-    run = decision.backend.bind(plan, call)
     return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
 
 
