@@ -121,7 +121,7 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
         alike[backend, shared].append(_Table.of(regime, found))
     groups = [_Group(backend, regime, tables) for (backend, regime), tables in alike.items()]
     # Few samples may make the work that nobody can avoid seem free, and then a backend unbeatable
-    # at lengths beyond those. It costs at least half of what it cost the backend that was best at it.
+    # at lengths beyond those. It costs at least half of what it cost whoever was best at it.
     rates: dict[tuple[Mode, str], float] = {}
     for group in groups:
         key = (group.regime.mode, group.regime.dtype)
