@@ -554,6 +554,7 @@ def test_a_second_run_measures_only_if_needed(monkeypatch: pytest.MonkeyPatch) -
     assert identity is not None
     assert module.current(quick(1.0), identity) is not None
     assert module.current(replace(quick(1.0), mode="default"), identity) is None
+    assert module.current(quick(1.0, cold=True), identity) is None
     real = module.versions
     monkeypatch.setattr(
         module, "versions", lambda kind: real(kind).model_copy(update={"torch": "99"})

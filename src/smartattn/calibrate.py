@@ -117,6 +117,8 @@ def current(request: Request, identity: Device) -> Profile | None:
         return None
     if existing.device != identity or existing.run is None or existing.versions is None:
         return None
+    if existing.run.cold != request.cold:
+        return None
     if existing.versions.differences(versions(identity.kind)):
         return None
     return existing if request.mode == "quick" or existing.run.mode == "default" else None
