@@ -29,7 +29,7 @@ from smartattn.cost import Mode
 from smartattn.evaluate import Judged, Policy, Regret
 from smartattn.grid import Limits, limits
 from smartattn.machine import Device, identify, versions
-from smartattn.measure import Patience, free_memory, measure
+from smartattn.measure import Patience, free_memory, measure, warm_up
 from smartattn.profile import Profile
 from smartattn.samples import Header, Sample
 from smartattn.workload import Side, Workload
@@ -113,6 +113,7 @@ def measured(
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     taken: list[Sample] = []
     excluded: dict[str, str] = {}
+    warm_up(device, BACKENDS)
     patience = Patience(FIRST_RUN)
     start, done = time.monotonic(), 0
     for index, workload in enumerate(calls(seed, bounds, dtype)):

@@ -24,6 +24,7 @@ from smartattn.choose import choose
 from smartattn.cost import features, regime_of
 from smartattn.machine import identify
 from smartattn.measure import Patience, candidates, measure
+from smartattn.parallel import at_once, calibrate_all
 from smartattn.plan import Plan
 from smartattn.reference import error_of, expected
 from smartattn.timing import cache_flush, interleaved, relative_spread
@@ -325,6 +326,10 @@ def test_preparation_is_timed_apart() -> None:
 
 def test_first_runs_that_would_take_too_long_are_left_out() -> None:
     patience = Patience(0.5)
+    # Until something is known, few groups are dared.
+    unknown = replace(SMALL, batch=64, q_len=512, kv_len=512)
+    assert not patience.lasts("sdpa", unknown)
+    assert patience.lasts("sdpa", SMALL)
     many = [replace(SMALL, batch=batch, seed=batch) for batch in (2, 3, 4, 6, 9, 14, 20)]
     for workload in many:
         groups = len(set(workload.lengths.tolist()))
@@ -334,7 +339,6 @@ def test_first_runs_that_would_take_too_long_are_left_out() -> None:
             patience.learn(sample)
     large = replace(SMALL, batch=64, q_len=512, kv_len=512)
     assert patience.lasts("sdpa", large)
-    assert patience.lasts("unknown", large)
     assert not patience.lasts("sdpa_unpadded", large)
     assert patience.lasts("sdpa_unpadded", replace(large, spread="same"))
     found = measure(0, large, CPU, (SDPA, UNPADDED), {}, 0.01, patience)
@@ -553,6 +557,7 @@ def test_a_second_run_measures_only_if_needed(monkeypatch: pytest.MonkeyPatch) -
     assert identity is not None
     assert module.current(quick(1.0), identity) is not None
     assert module.current(replace(quick(1.0), mode="default"), identity) is None
+    assert module.current(quick(1.0, cold=True), identity) is None
     real = module.versions
     monkeypatch.setattr(
         module, "versions", lambda kind: real(kind).model_copy(update={"torch": "99"})
@@ -615,6 +620,31 @@ def test_doubts_are_kept_with_the_profile(monkeypatch: pytest.MonkeyPatch) -> No
     assert run is not None
     assert run.complaints == (doubt,)
     assert run.cold
+
+
+def test_devices_are_calibrated_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Processes do not see what tests replace, but they do see the environment.
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    good = quick(1.0, output=tmp_path / "p.json")
+    bad = Request(torch.device("meta"))
+    found = {request.device.type: outcome for request, outcome in calibrate_all([good, bad])}
+    assert isinstance(found["meta"], CalibrationError)
+    outcome = found["cpu"]
+    # A second is too little for a fit on a slow machine, which is an answer too.
+    if isinstance(outcome, Outcome):
+        assert profile.load(tmp_path / "p.json") == outcome.profile
+    else:
+        assert "too few" in str(outcome)
+    assert list((tmp_path / "xdg").rglob("*.safetensors"))
+
+
+def test_no_more_devices_at_once_than_cores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [at_once(n) for n in (1, 2, 4, 9)] == [1, 2, 4, 4]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert at_once(4) == 1
 
 
 def lacks_memory(output: torch.Tensor) -> torch.Tensor:

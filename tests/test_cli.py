@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from smartattn import __version__, calibrate, cli, grid, machine, profile, samples
+from smartattn import __version__, calibrate, cli, grid, machine, parallel, profile, samples
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
 
 CPU = torch.device("cpu")
@@ -258,6 +258,37 @@ def test_too_few_samples_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     samples.save(tmp_path / "raw", header, [])
     assert cli.run(["fit", str(tmp_path / "raw")]) == 2
     assert "too few samples" in capsys.readouterr().err
+
+
+def test_several_gpus_are_reported_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fake_gpus(monkeypatch, ["H200", "A100", "L4"])
+    made = profile.Profile(
+        name="p",
+        device=machine.Device(kind="cuda", name="H200", capability="9.0"),
+        date="2026-01-01",
+        run=profile.Run(mode="quick", seconds=1.0, samples=3, seed=0),
+    )
+    doubt = "the device's clock fell by 30%"
+    good = Outcome(made, tmp_path / "p.json", tmp_path / "raw", 3, slow=2, complaints=(doubt,))
+    seen: list[Request] = []
+
+    def all_at_once(requests: list[Request], waiting: Any) -> Any:
+        seen.extend(requests)
+        yield requests[1], CalibrationError("no room")
+        yield requests[0], good
+        yield requests[2], good
+
+    monkeypatch.setattr(parallel, "calibrate_all", all_at_once)
+    assert cli.run(["calibrate", "--quick", "--cold"]) == 2
+    captured = capsys.readouterr()
+    assert [str(request.device) for request in seen] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert all(request.cold and request.mode == "quick" for request in seen)
+    assert captured.out.count("3 samples") == 2
+    assert "The device's clock fell by 30%." in captured.out
+    assert "2 runs were left out" in captured.out
+    assert captured.err == "smartattn: cuda:1: no room\n"
 
 
 def test_a_profile_moves_from_machine_to_machine(

@@ -19,7 +19,7 @@ from .fit import fit_profile
 from .grid import RunMode
 from .health import Watch
 from .machine import Device, identify, versions
-from .measure import Patience, free_memory, measure
+from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError
 from .timing import cache_flush
@@ -116,6 +116,8 @@ def current(request: Request, identity: Device) -> Profile | None:
     except ProfileError:
         return None
     if existing.device != identity or existing.run is None or existing.versions is None:
+        return None
+    if existing.run.cold != request.cold:
         return None
     if existing.versions.differences(versions(identity.kind)):
         return None
@@ -228,6 +230,7 @@ class _Sweep:
         done = {sample.workload for sample in self.taken}
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
+        warm_up(request.device, self.backends)
         patience = Patience(_PATIENCE[request.mode])
         for sample in self.taken:
             patience.learn(sample)

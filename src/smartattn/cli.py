@@ -36,6 +36,7 @@ app.command()(show)
 #: Exit code for what the user can put right.
 USER_ERROR = 2
 INTERRUPTED = 130
+_WAITING = "Another calibration is running on this machine; waiting for it to end."
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -114,6 +115,9 @@ def calibrate(
     force: Annotated[
         bool, typer.Option("--force", help="Measure again although a current profile exists.")
     ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Flush the caches before every timed call.")
+    ] = False,
 ) -> None:
     """Measure this machine's backends and write a profile."""
     from .calibrate import CalibrationError, Request
@@ -122,20 +126,46 @@ def calibrate(
     devices = _devices(device)
     if output is not None and len(devices) > 1:
         raise UserError("--output takes one profile; name one GPU with --device cuda:N")
-    for one in devices:
-        request = Request(
-            one, mode="quick" if quick else "default", budget=budget, output=output, force=force
+    requests = [
+        Request(
+            one,
+            mode="quick" if quick else "default",
+            budget=budget,
+            output=output,
+            force=force,
+            cold=cold,
         )
-        try:
-            outcome = _with_progress(request, console)
-        except CalibrationError as error:
-            raise UserError(str(error)) from None
-        except KeyboardInterrupt:
-            console.print(
-                "Stopped. What was measured is kept: the same command goes on from there."
-            )
-            raise
-        _print_outcome(outcome, console)
+        for one in devices
+    ]
+    try:
+        if len(requests) > 1:
+            _several(requests, console)
+            return
+        outcome = _with_progress(requests[0], console)
+    except CalibrationError as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:
+        console.print("Stopped. What was measured is kept: the same command goes on from there.")
+        raise
+    _print_outcome(outcome, console)
+
+
+def _several(requests: list[Request], console: Console) -> None:
+    """Calibrates distinct GPUs side by side, and says what came of each."""
+    from .calibrate import CalibrationError
+    from .parallel import at_once, calibrate_all
+
+    names = ", ".join(str(request.device) for request in requests)
+    console.print(f"Measuring {names}, {at_once(len(requests))} at a time")
+    failed = []
+    for request, outcome in calibrate_all(requests, lambda: console.print(_WAITING)):
+        if isinstance(outcome, CalibrationError):
+            failed.append(f"{request.device}: {outcome}")
+        else:
+            console.print(f"[bold]{request.device}[/]")
+            _print_outcome(outcome, console)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def _devices(name: str | None) -> list[torch.device]:
@@ -196,7 +226,7 @@ def _with_progress(request: Request, console: Console) -> Outcome:
         )
 
     def waiting() -> None:
-        console.print("Another calibration is running on this machine; waiting for it to end.")
+        console.print(_WAITING)
 
     try:
         return module.calibrate(request, report, waiting)
@@ -224,6 +254,15 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(f"[bold red]{backend} is left out:[/] {escape(reason)}", soft_wrap=True)
     if outcome.out_of_memory:
         console.print(f"{outcome.out_of_memory} runs did not fit in memory and were left out")
+    if outcome.slow:
+        console.print(
+            f"{outcome.slow} runs were left out: kernels are built for each shape there, which "
+            "would have taken too long"
+        )
+    for complaint in outcome.complaints:
+        console.print(f"[yellow]{escape(complaint[0].upper() + complaint[1:])}.[/]", soft_wrap=True)
+    if outcome.complaints and outcome.spread <= BUSY_SPREAD:
+        console.print("[yellow]Calibrate again when the device is idle and cool, with --force.[/]")
     if outcome.spread > BUSY_SPREAD:
         console.print(
             f"[yellow]The timings vary by {outcome.spread:.0%}: something else was using this "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .cost import FEATURES, Cost, Layout, Regime, features, regime_of
+from .cost import FEATURES, Cost, Layout, Mode, Regime, features, regime_of
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, relative_fit
 from .profile import Profile, Rule, Run
@@ -67,6 +67,14 @@ _WALKS = (
         "group_tokens",
     ),
 )
+#: The work that nobody can avoid, per mode: attended pairs, or for one query the keys to read.
+_NEEDED: dict[Mode, str] = {"forward": "real_pairs", "train": "real_pairs", "decode": "real_keys"}
+#: What it is called where the padded tensors are walked.
+_NEEDED_DENSE = {"real_pairs": "visible_pairs", "real_keys": "dense_keys"}
+#: Share of the lowest time per unit of it that the coefficient is at least. All of it would leave
+#: nothing for the other features of the very sample that reached it.
+_CREDIBLE_RATE = 0.5
+_PLACES = {name: place for place, name in enumerate(FEATURES)}
 #: The host does not see how much work a launch is, only how many launches there are.
 _LAUNCHES = _columns("call", "groups", "gathers")
 #: What is made once per forward: indices, masks, and what a kernel builds for lengths new to it.
@@ -111,9 +119,17 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
     for (backend, regime), found in sorted(rows.items()):
         layout = "plain" if regime.layout == "right" else regime.layout
-        key = regime._replace(head_dim=0, causal=False, layout=layout)
-        alike[backend, key].append(_Table.of(regime, found))
+        shared = regime._replace(head_dim=0, causal=False, layout=layout)
+        alike[backend, shared].append(_Table.of(regime, found))
     groups = [_Group(backend, regime, tables) for (backend, regime), tables in alike.items()]
+    # Few samples may make the work that nobody can avoid seem free, and then a backend unbeatable
+    # at lengths beyond those. It costs at least half of what it cost whoever was best at it.
+    rates: dict[tuple[Mode, str], float] = {}
+    for group in groups:
+        key = (group.regime.mode, group.regime.dtype)
+        rates[key] = min(rates.get(key, np.inf), group.rate())
+    for group in groups:
+        group.best_rate = rates[group.regime.mode, group.regime.dtype]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
     for group in groups:
@@ -157,6 +173,22 @@ class _Group:
         self.amounts = np.concatenate([table.amounts for table in tables])
         self.samples = [sample for table in tables for sample in table.samples]
         self.device_us = np.array([sample.device_us for sample in self.samples])
+        #: The lowest time per unit of ``_NEEDED`` of any backend in this mode and dtype.
+        self.best_rate = 0.0
+
+    def rate(self) -> float:
+        """The lowest time per unit of the work that nobody can avoid."""
+        work = self.amounts[:, _PLACES[_NEEDED[self.regime.mode]]]
+        return float((self.device_us / np.maximum(work, 1e-12)).min())
+
+    def _least(self, columns: FloatArray) -> FloatArray:
+        """What the coefficients are at least."""
+        name = _NEEDED[self.regime.mode]
+        place = _PLACES[name if columns[_PLACES[name]] else _NEEDED_DENSE[name]]
+        own = float((self.device_us / np.maximum(self.amounts[:, place], 1e-12)).min())
+        least = np.zeros(len(FEATURES))
+        least[place] = _CREDIBLE_RATE * min(self.best_rate, own)
+        return least
 
     def misses(self) -> FloatArray:
         """Per entry of ``_WALKS``, the sum of the log errors at left-out samples."""
@@ -168,7 +200,9 @@ class _Group:
             amounts = self.amounts * columns
             for fold in range(min(_FOLDS, len(self.samples))):
                 rest, out = folds != fold, folds == fold
-                fitted = relative_fit(amounts[rest], self.device_us[rest], rounds=2)
+                fitted = relative_fit(
+                    amounts[rest], self.device_us[rest], least=self._least(columns), rounds=2
+                )
                 errors = log_errors(amounts[out] @ fitted, self.device_us[out])
                 missed[place] += float(np.minimum(errors, _WORST_MISS).sum())
         return missed
@@ -177,13 +211,15 @@ class _Group:
         """The models, of the features that ``columns`` has ones for."""
         if len(self.samples) < FEWEST:
             return []
-        pooled = relative_fit(self.amounts * columns, self.device_us)
+        least = self._least(columns)
+        pooled = relative_fit(self.amounts * columns, self.device_us, least=least)
         # The host runs the same code whatever the head_dim.
         launches = self._fitted(_LAUNCHES, [s.host_us for s in self.samples] if host else [])
         prepare = self._fitted(_PREPARED, [s.prepare_us for s in self.samples])
         memory = self._fitted(_ALLOCATED, [float(s.peak_bytes) for s in self.samples])
         return [
-            self._cost(table, columns, pooled, launches, prepare, memory) for table in self.tables
+            self._cost(table, columns, pooled, least, launches, prepare, memory)
+            for table in self.tables
         ]
 
     def _fitted(self, columns: FloatArray, values: list[float]) -> FloatArray:
@@ -199,13 +235,16 @@ class _Group:
         table: _Table,
         columns: FloatArray,
         pooled: FloatArray,
+        least: FloatArray,
         launches: FloatArray,
         prepare: FloatArray,
         memory: FloatArray,
     ) -> Cost:
         amounts, per_dim = table.amounts, _per_dim(table.regime)
         busy = np.array([sample.device_us for sample in table.samples])
-        device = relative_fit(amounts * columns, busy, pooled * columns, strength=_PRIOR_SAMPLES)
+        device = relative_fit(
+            amounts * columns, busy, pooled * columns, least=least, strength=_PRIOR_SAMPLES
+        )
         predicted = np.maximum(amounts @ device, amounts @ launches)
         measured = busy
         if launches.any():

@@ -58,6 +58,7 @@ def relative_fit(
     times: FloatArray,
     prior: FloatArray | None = None,
     *,
+    least: FloatArray | None = None,
     strength: float = 1.0,
     rounds: int = 5,
 ) -> FloatArray:
@@ -71,17 +72,19 @@ def relative_fit(
         amounts: (samples, features).
         times: (samples,) in microseconds, positive.
         prior: (features,) coefficients that each count as much as ``strength`` samples.
+        least: (features,) what the coefficients are at least; zeros if not given.
     """
-    goal = np.zeros(amounts.shape[1]) if prior is None else prior
+    low = np.zeros(amounts.shape[1]) if least is None else least
+    goal = low if prior is None else prior
     share = (_RIDGE if prior is None else strength / len(times)) ** 0.5
     weights = 1.0 / times
     coefficients = np.zeros(amounts.shape[1])
     for _ in range(rounds):
         matrix = amounts * weights[:, None]
         pull = share * np.linalg.norm(matrix, axis=0)
-        coefficients = nonnegative_least_squares(
+        coefficients = low + nonnegative_least_squares(
             np.concatenate([matrix, np.diag(pull)]),
-            np.concatenate([times * weights, pull * goal]),
+            np.concatenate([(times - amounts @ low) * weights, pull * (goal - low)]),
         )
         predicted = np.clip(amounts @ coefficients, times / _CREDIBLE, times * _CREDIBLE)
         errors = log_errors(amounts @ coefficients, times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import defaultdict
@@ -27,8 +28,10 @@ Result = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 #: Batches of other lengths that preparation is timed on, and seconds after which one is enough.
 _TWINS = 3
 _LONG = 0.05
-#: First runs of a backend that are needed to know how long others will take.
-_FEWEST_FIRST_RUNS = 6
+#: First runs of a backend that are needed to know how long others will take, and the groups that
+#: are dared until then.
+_FEWEST_FIRST_RUNS = 3
+_FEW_GROUPS = 16
 _GROUPS = list(FEATURES).index("groups")
 
 
@@ -54,7 +57,7 @@ class Patience:
         """Whether the first run of a backend will end in time, as far as is known."""
         seen = np.array(self._seen[backend])
         if len(seen) < _FEWEST_FIRST_RUNS:
-            return True
+            return _groups(workload) <= _FEW_GROUPS
         amounts = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
         start, each = relative_fit(amounts, np.maximum(seen[:, 1], 1e-6))
         return bool(start + each * _groups(workload) <= self.seconds)
@@ -139,6 +142,20 @@ def measure(
             )
         )
     return list(found.values())
+
+
+def warm_up(device: torch.device, backends: tuple[Backend, ...]) -> None:
+    """Runs every backend once, so that no first run of :class:`Patience` starts up a library."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    for mode in ("forward", "train"):
+        tiny = Workload(mode, True, "left", dtype, 2, 32, 32, 4, 4, 64, padding_share=0.4)
+        plan, call = tiny.plan(device), tiny.call(device)
+        tensors = tiny.tensors(device)
+        for backend in candidates(plan, call, backends, {}):
+            # One that fails does so again when it is measured, and is then left out.
+            with contextlib.suppress(Exception):
+                _runner(backend, plan, call, tensors)()
+    synchronize(device)
 
 
 def candidates(
