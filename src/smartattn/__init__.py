@@ -35,6 +35,7 @@ _check_transformers()
 
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
 from .control import trace, use  # noqa: E402
+from .explanation import Explanation, explain  # noqa: E402
 from .integration import register  # noqa: E402
 from .record import Trace, TraceRow  # noqa: E402
 
@@ -42,11 +43,13 @@ register()
 
 __all__ = [
     "Decision",
+    "Explanation",
     "Trace",
     "TraceRow",
     "UnsupportedCallError",
     "Verdict",
     "__version__",
+    "explain",
     "register",
     "trace",
     "use",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,17 +54,19 @@ def choose(
     profile: Profile,
     backends: Sequence[Backend],
     allowed: Sequence[str] | None = None,
+    ask: Callable[[Backend, Plan, Call], list[str]] | None = None,
 ) -> Decision:
     """Chooses the fastest backend that computes the call exactly.
 
     Args:
         backends: candidates in the order in which they are preferred without a measurement.
         allowed: names a caller restricts the choice to; one of them runs or an error is raised.
+        ask: what a backend refuses, for machines other than this one; None asks the backend.
 
     Raises:
         UnsupportedCallError: every candidate refuses.
     """
-    judged = [(backend, backend.refusals(plan, call)) for backend in backends]
+    judged = [(b, ask(b, plan, call) if ask else b.refusals(plan, call)) for b in backends]
     verdicts = {b.name: Verdict(b.name, tuple(refusals)) for b, refusals in judged}
     able = [b for b, refusals in judged if not refusals]
     if allowed is not None:

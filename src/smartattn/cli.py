@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from . import cli_explain
 from ._version import __version__
+from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +33,11 @@ app = typer.Typer(
 )
 profiles_app = typer.Typer(help="The profiles on this machine.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
+cli_explain.register(app)
 
 #: Exit code for what the user can put right.
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-class UserError(Exception):
-    """Something the user can put right, said in one line."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

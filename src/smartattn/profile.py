@@ -340,6 +340,7 @@ def _mismatch(profile: Profile, device: Device | None) -> str | None:
 
 _lock = threading.Lock()
 _in_force: dict[torch.device, Profile] = {}
+_found: dict[torch.device, Found] = {}
 _given: StrPath | None = None
 _warned: set[tuple[str, str]] = set()
 
@@ -373,9 +374,19 @@ def profile_for(device: torch.device) -> Profile:
     return profile
 
 
+def found_for(device: torch.device) -> Found:
+    """The profile in force for a device, with how it was found; see :func:`profile_for`."""
+    profile = profile_for(device)
+    found = _found.get(device)
+    # Another thread may have gone on to another profile in between.
+    if found is None or found.profile is not profile:
+        found = Found(profile=profile, path=None, source="set", passed_over=(), rejected=())
+    return found
+
+
 def _look_up(device: torch.device) -> Profile:
     identity = identify(device)
-    found = find(identity, _given)
+    found = _found[device] = find(identity, _given)
     for path, reason in found.rejected:
         if (path, reason) not in _warned:
             _warned.add((path, reason))

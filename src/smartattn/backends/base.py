@@ -66,6 +66,13 @@ class Backend(ABC):
         reasons = [reason] if reason else []
         return reasons + declared_refusals(self.support, call) + self.further_refusals(plan, call)
 
+    def refusals_elsewhere(
+        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+    ) -> list[str]:
+        """The same on another machine, which has all packages; ``capability`` is its GPU's."""
+        declared = declared_refusals(self.support, call, capability)
+        return declared + self.further_refusals(plan, call)
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         """Reasons beyond what :class:`Support` can say."""
         return []
@@ -96,8 +103,13 @@ class Backend(ABC):
         return self.bind(plan, call)(query, key, value, arguments)
 
 
-def declared_refusals(support: Support, call: Call) -> list[str]:
-    """What the declarations of a backend say against a call."""
+def declared_refusals(
+    support: Support, call: Call, capability: tuple[int, int] | None = None
+) -> list[str]:
+    """What the declarations of a backend say against a call.
+
+    ``capability`` is that of a CUDA device which this machine need not have; None asks the call's.
+    """
     reasons = []
     kind = call.device.type
     if support.devices is not None and kind not in support.devices:
@@ -120,7 +132,7 @@ def declared_refusals(support: Support, call: Call) -> list[str]:
     if call.grad and not support.backward:
         reasons.append("has no backward, and a gradient is needed")
     if support.min_capability is not None and kind == "cuda":
-        given = _capability(call.device)
+        given = capability or _capability(call.device)
         if given < support.min_capability:
             reasons.append(
                 "needs compute capability {}.{}, the device has {}.{}".format(

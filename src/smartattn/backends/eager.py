@@ -27,6 +27,11 @@ class EagerBackend(Backend):
             return ["the model's own module has no eager_attention_forward"]
         return []
 
+    def refusals_elsewhere(
+        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+    ) -> list[str]:
+        return self.refusals(plan, call)
+
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return True
 
