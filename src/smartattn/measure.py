@@ -116,7 +116,7 @@ def _verified(
     tolerance = backend.support.tolerances[sample.workload.torch_dtype]
     status: Status
     try:
-        function = _runner(backend, plan, call, tensors)
+        function = runner(backend, plan, call, tensors)
         error = error_of(sample.workload, *function(), references)
     except Exception as problem:
         # Whatever a backend raises must not end the calibration of the others.
@@ -133,7 +133,8 @@ def _verified(
     return checked, None, reason
 
 
-def _runner(backend: Backend, plan: Plan, call: Call, tensors: Tensors) -> Callable[[], Result]:
+def runner(backend: Backend, plan: Plan, call: Call, tensors: Tensors) -> Callable[[], Result]:
+    """A function that runs a backend once, with its backward if the tensors are for one."""
     query, key, value, leaves, grad_output = tensors
     run = backend.bind(plan, call)
 

@@ -60,6 +60,10 @@ class Backend(ABC):
         """Why this backend cannot run in this process at all, or None if it can."""
         return None
 
+    def remedy(self) -> str | None:
+        """A shell command that would end what :meth:`unavailable` says, None if there is none."""
+        return None
+
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         """All reasons why this call cannot be run exactly; empty if it can."""
         reason = self.unavailable()
