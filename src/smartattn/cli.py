@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from . import cli_doctor, cli_explain
+from . import cli_doctor, cli_explain, cli_models
 from ._version import __version__
 from .errors import UserError
 
@@ -35,6 +35,7 @@ profiles_app = typer.Typer(help="The profiles on this machine.", no_args_is_help
 app.add_typer(profiles_app, name="profiles")
 cli_explain.register(app)
 cli_doctor.register(app)
+cli_models.register(app)
 
 #: Exit code for what the user can put right.
 USER_ERROR = 2
