@@ -34,7 +34,7 @@ def _check_transformers() -> None:
 _check_transformers()
 
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
-from .control import trace, use  # noqa: E402
+from .control import configure, trace, use  # noqa: E402
 from .explanation import Explanation, explain  # noqa: E402
 from .integration import register  # noqa: E402
 from .record import Trace, TraceRow  # noqa: E402
@@ -49,6 +49,7 @@ __all__ = [
     "UnsupportedCallError",
     "Verdict",
     "__version__",
+    "configure",
     "explain",
     "register",
     "trace",

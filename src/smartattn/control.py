@@ -1,30 +1,55 @@
-"""What a caller may set for the code inside a ``with`` block: backends, padding output, tracing."""
+"""What a caller may set: backends, padding output and tracing; for a block, a model or the process.
+
+What is set for the innermost scope counts, each setting by itself: the ``with`` block of
+:func:`use`, then the model (:func:`configure` with ``model=``), then the process
+(:func:`configure`), then the default. A block around one call is the setting for that call.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from .record import Trace
 
+logger = logging.getLogger("smartattn")
+
 PadOutput = Literal["zeros", "sdpa"]
 
+#: Attribute of a model's configuration that holds what was set for the model. It is plain data, so
+#: that copies, pickles and saved configurations carry it.
+ATTRIBUTE = "smartattn"
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """Choices in force; compared by identity, so that it can be part of a cheap key."""
+    """Choices in force, None for what nobody has set.
+
+    Compared by identity, so that it can be part of a cheap key.
+    """
 
     backends: tuple[str, ...] | None = None
-    pad_output: PadOutput = "zeros"
+    #: None stands for "zeros".
+    pad_output: PadOutput | None = None
     trace: Trace | None = None
 
 
 _DEFAULT = Settings()
-#: One value per thread and asyncio task.
+#: What the blocks say; one value per thread and asyncio task.
 SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=_DEFAULT)
+#: What the process says.
+_process = _DEFAULT
+
+_lock = threading.Lock()
+# By what the block says, and then by what model and process say: equal settings are one object.
+_merged: WeakKeyDictionary[Settings, dict[Any, Settings]] = WeakKeyDictionary()
+_complained: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -43,9 +68,101 @@ def use(
     Raises:
         ValueError: an unknown backend or an unknown ``pad_output``.
     """
+    changes = _checked(backends, pad_output)
+    token = SETTINGS.set(replace(SETTINGS.get(), **changes))
+    try:
+        yield
+    finally:
+        SETTINGS.reset(token)
+
+
+def configure(
+    *,
+    backends: Sequence[str] | str | None = None,
+    pad_output: PadOutput | None = None,
+    model: Any = None,
+) -> None:
+    """Sets the defaults of this process, or those of one model, in place of what was set before.
+
+    What is not given goes back to the next outer scope: ``configure()`` undoes all.
+
+    Args:
+        backends, pad_output: as for :func:`use`, whose blocks come before these.
+        model: a model of Transformers. The setting is kept in its configuration, under
+            ``smartattn``, and stays with copies, pickles and ``save_pretrained``.
+
+    Raises:
+        ValueError: an unknown backend or an unknown ``pad_output``.
+        TypeError: ``model`` has no configuration.
+    """
+    changes = _checked(backends, pad_output)
+    if model is None:
+        global _process
+        _process = replace(_DEFAULT, **changes) if changes else _DEFAULT
+        return
+    configs = _configurations(model)
+    if not configs:
+        raise TypeError(f"{type(model).__name__} has no configuration; give a Transformers model")
+    for config in configs:
+        if changes:
+            # Lists, as they are after a visit to JSON.
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
+            setattr(config, ATTRIBUTE, plain)
+        elif ATTRIBUTE in vars(config):
+            delattr(config, ATTRIBUTE)
+
+
+def settings_for(config: Any) -> Settings:
+    """The settings for a forward of a model with this configuration, in this thread and now."""
+    block = SETTINGS.get()
+    given = None
+    if config is not None:
+        # Configurations override attribute access, which costs more than all of this.
+        given = object.__getattribute__(config, "__dict__").get(ATTRIBUTE)
+    if given is None and _process is _DEFAULT:
+        return block
+    return _merge(block, given, _process)
+
+
+def _merge(block: Settings, given: Any, process: Settings) -> Settings:
+    key = (repr(given), process)
+    with _lock:
+        known = _merged.setdefault(block, {})
+        settings = known.get(key)
+        if settings is None:
+            if len(known) > 64:
+                known.clear()
+            layers = (process, Settings(**_of_model(given)), block)
+            values = {
+                field.name: value
+                for layer in layers
+                for field in fields(Settings)
+                if (value := getattr(layer, field.name)) is not None
+            }
+            settings = known[key] = Settings(**values)
+    return settings
+
+
+def _of_model(given: Any) -> dict[str, Any]:
+    """What a configuration says, which may come from a file that anybody wrote."""
+    if given is None:
+        return {}
+    try:
+        if not isinstance(given, dict) or given.keys() - {"backends", "pad_output"}:
+            raise ValueError("takes 'backends' and 'pad_output'")
+        return _checked(given.get("backends"), given.get("pad_output"))
+    except (ValueError, TypeError) as error:
+        line = " ".join(f"smartattn ignores {ATTRIBUTE!r} in a configuration: {error}".split())
+        if line not in _complained:
+            _complained.add(line)
+            logger.warning(line[:300])
+        return {}
+
+
+def _checked(backends: Any, pad_output: Any) -> dict[str, Any]:
     from .backends import BACKENDS
 
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if backends is not None:
         chosen = (backends,) if isinstance(backends, str) else tuple(backends)
         known = [backend.name for backend in BACKENDS]
@@ -57,11 +174,20 @@ def use(
         if pad_output not in ("zeros", "sdpa"):
             raise ValueError(f"pad_output is 'zeros' or 'sdpa', given {pad_output!r}")
         changes["pad_output"] = pad_output
-    token = SETTINGS.set(replace(SETTINGS.get(), **changes))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        SETTINGS.reset(token)
+    return changes
+
+
+def _configurations(model: Any) -> list[Any]:
+    """Those of a model and of all of its parts, which may be copies."""
+    modules = model.modules() if hasattr(model, "modules") else ()
+    found = [getattr(module, "config", None) for module in (model, *modules)]
+    found += [part for config in found for part in _parts(config)]
+    return list({id(config): config for config in found if hasattr(config, "to_dict")}.values())
+
+
+def _parts(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", None) or {}
+    return [getattr(config, name, None) for name in names]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from .backends import BACKENDS
 from .call import Call
 from .choose import Decision, UnsupportedCallError, choose
-from .control import SETTINGS, PadOutput
+from .control import PadOutput, settings_for
 from .cost import Mode
 from .machine import versions
 from .plan import Plan
@@ -188,8 +188,8 @@ def explain(
         padding_share=padding,
     )
     _check(workload)
-    settings = SETTINGS.get()
-    keep = pad_output or settings.pad_output
+    settings = settings_for(None)
+    keep = pad_output or settings.pad_output or "zeros"
     allowed = tuple(backends) if backends is not None else settings.backends
     return _explained(workload, target, keep, allowed)
 

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_tracing
 from .backends import BACKENDS
 from .call import Call, Runner
 from .choose import Chooser, Decision, UnsupportedCallError
-from .control import SETTINGS, Settings
+from .control import Settings, settings_for
 from .mask import PlanMask
 from .plan import BoolArray, Pattern, Plan
 from .profile import profile_for
@@ -105,7 +105,7 @@ def smart_mask(
         plan = Plan(
             batch_size, q_length, kv_length, Pattern.OTHER, torch.device(device), dense=lambda: mask
         )
-        plan.settings = SETTINGS.get()
+        plan.settings = settings_for(config)
         return PlanMask(plan, dtype)
     real = real_on_device = packed = None
     if attention_mask is not None:
@@ -136,7 +136,7 @@ def smart_mask(
             else None
         ),
     )
-    plan.settings = SETTINGS.get()
+    plan.settings = settings_for(config)
     return PlanMask(plan, dtype)
 
 
@@ -398,7 +398,7 @@ def smart_attention(
     if "indices" in kwargs or "block_indices" in kwargs:
         plan = _narrowed(module, query, key, plan, kwargs)
     # Those in force when the forward began: checkpointed layers run again long after it.
-    settings = plan.settings or SETTINGS.get()
+    settings = plan.settings or settings_for(getattr(module, "config", None))
     features: tuple[str, ...] = ()
     if kwargs.keys() - NEUTRAL_ARGUMENTS:
         features = _features(kwargs)

@@ -245,7 +245,7 @@ def forward(model: Any, batch: Batch, *, hidden_states: bool = False) -> Any:
 
 
 def output_of(result: Any) -> torch.Tensor:
-    """(batch, length, size) states after the last layer; logits of models that show nothing else."""
+    """(batch, length, size) states of the last layer; logits of models that show no others."""
     output: torch.Tensor = (
         result.last_hidden_state if "last_hidden_state" in result else result.logits
     )
