@@ -33,6 +33,7 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+from .backends.base import end_quarantine  # noqa: E402
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
 from .control import configure, trace, use  # noqa: E402
 from .explanation import Explanation, explain  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "configure",
+    "end_quarantine",
     "explain",
     "register",
     "trace",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .backends.base import Backend
+from .backends.base import Backend, releases
 from .call import Call
 from .plan import Plan
 
@@ -123,7 +123,7 @@ class Chooser:
         self, plan: Plan, call: Call, profile: Profile, allowed: tuple[str, ...] | None = None
     ) -> Decision:
         """The decision for a call; see :func:`choose`."""
-        key = (id(profile), allowed, _kind(plan, call))
+        key = (id(profile), allowed, releases(), _kind(plan, call))
         known = self._known.get(key)
         # The entry of a profile that is gone may have come back under the id of another.
         if (

@@ -21,6 +21,7 @@ from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
+from . import faults
 from .backends import BACKENDS
 from .call import Call, Runner
 from .choose import Chooser, Decision, UnsupportedCallError
@@ -418,20 +419,27 @@ def smart_attention(
         torch.are_deterministic_algorithms_enabled(),
         settings,
     )
-    choice = plan.decisions.get(signature)
-    if choice is None:
-        if len(plan.decisions) >= _MAX_CHOICES:
-            # The plan of a None mask outlives its forward, and with it what callers have set.
-            plan.decisions.clear()
-        choice = plan.decisions[signature] = _choose(
-            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
-        )
-    kwargs["module"] = module
-    if choice.eager is not None:
-        kwargs["eager"] = choice.eager
-    if settings.trace is not None:
-        settings.trace.record(plan, choice.call, choice.decision)
-    return choice.run(query, key, value, kwargs), None
+    while True:
+        choice = plan.decisions.get(signature)
+        if choice is None:
+            if len(plan.decisions) >= _MAX_CHOICES:
+                # The plan of a None mask outlives its forward, and with it what callers have set.
+                plan.decisions.clear()
+            choice = plan.decisions[signature] = _choose(
+                module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+            )
+        kwargs["module"] = module
+        if choice.eager is not None:
+            kwargs["eager"] = choice.eager
+        if settings.trace is not None:
+            settings.trace.record(plan, choice.call, choice.decision)
+        try:
+            return choice.run(query, key, value, kwargs), None
+        except Exception as error:
+            if not faults.may_repeat(error, choice.decision.backend, plan, choice.call):
+                faults.annotate(error, choice.decision, plan, choice.call)
+                raise
+            plan.decisions.pop(signature, None)
 
 
 def _plan_of(

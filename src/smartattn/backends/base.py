@@ -45,6 +45,35 @@ class Support:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: DEFAULT_TOLERANCES)
 
 
+#: Why backends are not used again in this process, by name and device; see ``faults``.
+_quarantine: dict[tuple[str, torch.device], str] = {}
+
+
+_releases = 0
+
+
+def quarantine(name: str, device: torch.device, reason: str) -> None:
+    """Makes a backend refuse every call on a device from now on, in this process."""
+    _quarantine[name, device] = reason
+
+
+def releases() -> int:
+    """How often a quarantine was ended: choices of before then may have been made without some."""
+    return _releases
+
+
+def quarantined(name: str, device: torch.device) -> str | None:
+    """Why a backend is not used again on a device, None if it may be."""
+    return _quarantine.get((name, device))
+
+
+def end_quarantine() -> None:
+    """Lets all backends run again, for instance after a package was put right."""
+    global _releases
+    _releases += 1
+    _quarantine.clear()
+
+
 class Backend(ABC):
     """One way to compute attention.
 
@@ -55,6 +84,8 @@ class Backend(ABC):
     support: ClassVar[Support]
     #: Considered only when every other backend refuses.
     last_resort: ClassVar[bool] = False
+    #: Never quarantined: where it fails, nothing else is left to run.
+    indispensable: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None if it can."""
@@ -68,6 +99,8 @@ class Backend(ABC):
         """All reasons why this call cannot be run exactly; empty if it can."""
         reason = self.unavailable()
         reasons = [reason] if reason else []
+        if _quarantine and (failed := quarantined(self.name, call.device)):
+            reasons.append(failed)
         return reasons + declared_refusals(self.support, call) + self.further_refusals(plan, call)
 
     def refusals_elsewhere(

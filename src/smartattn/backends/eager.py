@@ -21,6 +21,7 @@ class EagerBackend(Backend):
     name = "eager"
     support = Support(mixed_head_dims=True)
     last_resort = True
+    indispensable = True
 
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         if not call.has_eager:
