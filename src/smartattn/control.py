@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from .locks import ForkSafeLock
 from .record import Trace
 
 logger = logging.getLogger("smartattn")
@@ -46,7 +46,7 @@ SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=_DEFAU
 #: What the process says.
 _process = _DEFAULT
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 # By what the block says, and then by what model and process say: equal settings are one object.
 _merged: WeakKeyDictionary[Settings, dict[Any, Settings]] = WeakKeyDictionary()
 _complained: set[str] = set()

@@ -13,13 +13,13 @@ are.
 from __future__ import annotations
 
 import logging
-import threading
 
 import torch
 
 from .backends.base import Backend, quarantine, quarantined
 from .call import Call
 from .choose import Decision, UnsupportedCallError
+from .locks import ForkSafeLock
 from .plan import Plan
 
 logger = logging.getLogger("smartattn")
@@ -39,7 +39,7 @@ _UNSUPPORTED = (
 #: After any other one its state is unknown.
 _REFUSED_LAUNCH = ("no kernel image is available", "invalid device function")
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 
 def may_repeat(error: Exception, backend: Backend, plan: Plan, call: Call) -> bool:

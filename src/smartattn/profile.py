@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from .call import Call
 from .cost import BackendName, Cost, Layout, Mode, Predictor
 from .files import StrPath, read_bounded, write_atomically
+from .locks import ForkSafeLock
 from .machine import Device, Line, Record, Versions, identify, versions
 from .plan import Plan
 
@@ -338,7 +338,7 @@ def _mismatch(profile: Profile, device: Device | None) -> str | None:
 
 # -- the profile in force ------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _in_force: dict[torch.device, Profile] = {}
 _found: dict[torch.device, Found] = {}
 _given: StrPath | None = None
