@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from .call import Call
 from .cost import BackendName, Cost, Layout, Mode, Predictor
 from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
-from .machine import Device, Line, Record, Versions, identify, versions
+from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
 from .plan import Plan
 
 logger = logging.getLogger("smartattn")
@@ -33,7 +32,7 @@ MAX_BYTES = 4 * 1024 * 1024
 Tokens = Annotated[int, Field(ge=0, le=10**12)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
-Sentence = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+Sentence = Annotated[str, StringConstraints(pattern=PLAIN, max_length=2000)]
 
 
 class ProfileError(ValueError):
@@ -188,6 +187,15 @@ def load(path: StrPath) -> Profile:
         raise ProfileError(error.strerror or type(error).__name__) from None
     except ValueError as error:
         raise ProfileError(str(error)) from None
+    return parse(content)
+
+
+def parse(content: bytes) -> Profile:
+    """The profile in the content of a file.
+
+    Raises:
+        ProfileError: no valid profile; the message is one line.
+    """
     try:
         text = content.decode("utf-8")
         # pydantic keeps the last one of two equal keys; nobody can have meant that.
@@ -200,11 +208,11 @@ def load(path: StrPath) -> Profile:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise ProfileError(_one_line(f"{place}: {first['msg']}")) from None
+        raise ProfileError(one_line(f"{place}: {first['msg']}")) from None
     except RecursionError:
         raise ProfileError("nested too deeply") from None
     except ValueError as error:
-        raise ProfileError(_one_line(f"not valid JSON: {error}")) from None
+        raise ProfileError(one_line(f"not valid JSON: {error}")) from None
 
 
 def save(profile: Profile, path: StrPath) -> None:
@@ -237,12 +245,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         double = next(key for key in keys if keys.count(key) > 1)
-        raise ProfileError(_one_line(f"key {double!r} appears twice"))
+        raise ProfileError(one_line(f"key {double!r} appears twice"))
     return result
-
-
-def _one_line(text: str) -> str:
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:300]
 
 
 # -- finding -------------------------------------------------------------------------------------
