@@ -136,6 +136,24 @@ def test_other_errors_are_raised_with_the_decision(
     del error.__notes__
 
 
+@pytest.mark.usefixtures("preferred")
+def test_a_failure_in_bind_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    error: Exception = NotImplementedError("no such kernel")
+
+    def bind(self: Any, plan: Plan, call: Call) -> Runner:
+        raise error
+
+    monkeypatch.setattr(SdpaUnpaddedBackend, "bind", bind)
+    model = tiny_model("llama")
+    expected = run(model, "eager", **INPUTS)
+    assert_agree(run(model, "smart", **INPUTS), expected, where=MASKS["left"])
+    smartattn.end_quarantine()
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        run(model, "smart", **INPUTS)
+    assert "smartattn ran sdpa_unpadded" in raised.value.__notes__[0]
+
+
 def test_python_3_10_gets_the_note_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     class Old(RuntimeError):
         def __getattribute__(self, name: str) -> Any:

@@ -649,7 +649,15 @@ def _choose(
     )
     decision = _chooser(plan, call, profile_for(query.device), settings.backends)
     _log(plan, call, decision)
-    run = decision.backend.bind(plan, call)
+    try:
+        run = decision.backend.bind(plan, call)
+    except Exception as error:
+        if not faults.may_repeat(error, decision.backend, plan, call):
+            faults.annotate(error, decision, plan, call)
+            raise
+        return _choose(
+            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+        )
     return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
 
 
