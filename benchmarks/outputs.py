@@ -31,6 +31,7 @@ _CALL = "smartattn explain --heads 32 --kv-heads 8 --head-dim 128"
 def commands(cuda: bool) -> list[str]:
     """What is run; ``$MINILM`` and ``$SMOLLM2`` stand for the models' paths."""
     small = "" if cuda else " --batch 4 --seq-len 64"
+    short = " --new-tokens 32" if cuda else " --batch 2 --seq-len 32 --new-tokens 4 --rounds 3"
     return [
         "smartattn doctor",
         f"{_CALL} --batch 8 --seq-len 2048 --padding 0.4 --causal",
@@ -42,7 +43,7 @@ def commands(cuda: bool) -> list[str]:
         f"smartattn bench $MINILM{small} --padding 0.5 --seconds 5",
         f"smartattn verify $SMOLLM2{small}",
         f"smartattn bench $SMOLLM2{small} --padding 0.5 --seconds 10",
-        f"smartattn bench $SMOLLM2{small} --padding 0.5 --new-tokens 8 --seconds 10",
+        f"smartattn bench $SMOLLM2{short} --padding 0.5 --seconds 10",
     ]
 
 

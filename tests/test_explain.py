@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import smartattn
-from smartattn import cli, explanation, machine, profile
+from smartattn import cli, explanation, machine, profile, workload
 from smartattn.explanation import explain
 
 from .agreement import MASKS, WIDTH, run
@@ -237,6 +237,19 @@ def test_a_device_of_this_machine_by_its_name(crossing: profile.Profile) -> None
     assert answer.assumption is None
     # Its own backends are asked: no flash-attn for a CPU.
     assert {o.status for o in answer.options if o.backend == "torch_varlen"} == {"refuses"}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.5, 0.8])
+def test_the_padding_is_what_was_asked_for(batch: int, share: float) -> None:
+    made = workload.as_padded(
+        workload.Workload(
+            "forward", True, "left", "float32", batch, 512, 512, 4, 4, 64, padding_share=share
+        )
+    )
+    # A row is always full, and two rows of one length are not both.
+    possible = min(share, (batch - 1) / batch) if batch > 1 else share
+    assert made.plan(CPU).padding_share == pytest.approx(possible, abs=0.04)
 
 
 @pytest.mark.parametrize(

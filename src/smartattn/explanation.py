@@ -22,7 +22,7 @@ from .machine import versions
 from .plan import Plan
 from .profile import Profile
 from .target import Target, target_of
-from .workload import WORDS, Side, Workload
+from .workload import WORDS, Side, Workload, as_padded
 
 #: Most tokens of a batch, and of any other size, that are explained.
 MAX_TOKENS = 1 << 26
@@ -231,6 +231,7 @@ def _explained(
 
 
 def _request(workload: Workload, target: Target, keep: PadOutput) -> tuple[Plan, Call]:
+    workload = as_padded(workload)
     call = workload.call(target.device)
     call = replace(call, keep_padding_output=keep == "sdpa", has_eager=True)
     return workload.plan(target.device), call

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .workload import Workload
+from .workload import Workload, as_padded
 
 #: The implementations that are compared; the first one is what the others are held against.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "smart")
@@ -189,7 +189,7 @@ def _random(model: Any, shape: Shape) -> Batch:
         head_dim=1,
         padding_share=shape.padding,
     )
-    real = torch.from_numpy(workload.real_keys().copy())
+    real = torch.from_numpy(as_padded(workload).real_keys().copy())
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (rows, length), generator=generator)
