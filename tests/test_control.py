@@ -6,6 +6,7 @@ import contextvars
 import copy
 import gc
 import json
+import logging
 import pickle
 import timeit
 import weakref
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import smartattn
-from smartattn import control
+from smartattn import control, log
 from smartattn.integration import smart_attention
 from smartattn.record import Trace
 
@@ -157,6 +158,52 @@ def test_equal_settings_are_one_object_and_keep_nothing_alive() -> None:
     del trace, first
     gc.collect()
     assert gone() is None
+
+
+# -- logging -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    """The logger as it is in a fresh process."""
+    found = logging.getLogger("smartattn")
+    before = found.level, found.handlers[:]
+    found.setLevel(logging.NOTSET)
+    found.handlers.clear()
+    yield found
+    found.setLevel(before[0])
+    found.handlers[:] = before[1]
+
+
+def test_the_verbosity_of_transformers_is_followed(
+    logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nobody has set logging up; pytest itself does.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    log.follow_transformers()
+    log.follow_transformers()
+    logger.info("chosen")
+    assert capsys.readouterr().err == "chosen\n"
+    # Whoever sets logging up gets the lines once, and in his own way.
+    logging.getLogger().addHandler(logging.NullHandler())
+    logger.info("chosen")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "level"), [("error", logging.ERROR), ("", logging.NOTSET), ("loud", logging.NOTSET)]
+)
+def test_a_level_of_ones_own_stays(
+    value: str, level: int, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", value)
+    log.follow_transformers()
+    assert logger.level == level
+    assert not logger.handlers
+    logger.setLevel(logging.DEBUG)
+    log.follow_transformers()
+    assert logger.level == logging.DEBUG
 
 
 # -- traces --------------------------------------------------------------------------------------

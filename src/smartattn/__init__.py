@@ -38,8 +38,10 @@ from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
 from .control import configure, trace, use  # noqa: E402
 from .explanation import Explanation, explain  # noqa: E402
 from .integration import register  # noqa: E402
+from .log import follow_transformers  # noqa: E402
 from .record import Trace, TraceRow  # noqa: E402
 
+follow_transformers()
 register()
 
 __all__ = [
