@@ -32,7 +32,7 @@ endif
 PIP = $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST)
 
-.PHONY: demo test test-newest test-floor lint gpu-report bench sweep mutations clean
+.PHONY: demo test test-newest test-floor lint gpu-report bench sweep mutations fuzz outputs docs clean
 .DELETE_ON_ERROR:
 
 # Where other work shares the cores, OpenMP threads that spin at barriers cost ten times as much.
@@ -73,6 +73,18 @@ sweep: $(TEST_READY)
 
 mutations: $(TEST_READY)
 	$(PYTHON) -m tests.mutations
+
+# A million inputs for the readers of profiles and samples.
+fuzz: $(TEST_READY)
+	$(PYTHON) -m tests.fuzz --inputs 1000000 --json docs/reports/fuzz.json
+
+# The real output of every command, for docs/reports/.
+outputs: $(TEST_READY)
+	$(PYTHON) -m benchmarks.outputs
+
+docs:
+	$(PYTHON) -m pip install --quiet "mkdocs-material>=9.5"
+	$(PYTHON) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

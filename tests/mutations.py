@@ -45,6 +45,12 @@ PLAN = ("tests/test_plan.py",)
 PACKING = ("tests/test_packing.py",)
 CHOOSE = ("tests/test_choose.py",)
 MATRIX = ("tests/test_backends_matrix.py", "-k", "float64 and not limits and not gpu")
+EXPLAIN = ("tests/test_explain.py",)
+DOCTOR = ("tests/test_doctor.py",)
+VERIFY = ("tests/test_verify_bench.py",)
+CONTROL = ("tests/test_control.py",)
+FAULTS = ("tests/test_faults.py",)
+FUZZ = ("tests/test_fuzz.py", "-m", "not slow")
 REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
 
 MUTATIONS = (
@@ -355,6 +361,118 @@ MUTATIONS = (
         "prepend=known.packed_ids[:, :1] - 1) != 0",
         "prepend=known.packed_ids[:, :1] - 1) > 1",
         PLAN,
+    ),
+    Mutation(
+        "a change of the choice is not narrowed down",
+        "explanation.py",
+        "while high - low > max(1, high // 64):",
+        "while high - low > high:",
+        EXPLAIN,
+    ),
+    Mutation(
+        "another machine is asked for this one's packages",
+        "target.py",
+        "        if self.here:\n",
+        "        if True:\n",
+        EXPLAIN,
+    ),
+    Mutation(
+        "the compute capability of a device elsewhere is not looked at",
+        "backends/base.py",
+        "given = capability or _capability(call.device)",
+        "given = (9, 0)",
+        EXPLAIN,
+    ),
+    Mutation(
+        "options come in the order of the backends",
+        "explanation.py",
+        "o.predicted_us or 0.0)",
+        "0.0)",
+        EXPLAIN,
+    ),
+    Mutation(
+        "the self-test takes any output for right",
+        "doctor.py",
+        "if error <= allowed:",
+        "if True:",
+        DOCTOR,
+    ),
+    Mutation(
+        "a backend that fails its self-test leaves the machine healthy",
+        "doctor.py",
+        'backend.health in ("wrong", "fails")',
+        'backend.health in ("wrong",)',
+        DOCTOR,
+    ),
+    Mutation(
+        "verify allows any difference",
+        "verify.py",
+        "if difference > allowed:",
+        "if False:",
+        VERIFY,
+    ),
+    Mutation(
+        "verify takes padding for real positions",
+        "verify.py",
+        "real.add(given[batch.real], right[batch.real], scale)",
+        "real.add(given, right, scale)",
+        VERIFY,
+    ),
+    Mutation(
+        "a slower smart is said to pay",
+        "bench.py",
+        "if speedup < 1 - noise:",
+        "if False:",
+        VERIFY,
+    ),
+    Mutation(
+        "what the process says comes before what the model says",
+        "control.py",
+        "layers = (process, Settings(**_of_model(given)), block)",
+        "layers = (Settings(**_of_model(given)), process, block)",
+        CONTROL,
+    ),
+    Mutation(
+        "equal settings are new objects",
+        "control.py",
+        "settings = known.get(key)",
+        "settings = None",
+        CONTROL,
+    ),
+    Mutation(
+        "every layer counts as a forward",
+        "record.py",
+        "row.forwards += 1",
+        "row.forwards += 2",
+        CONTROL,
+    ),
+    Mutation(
+        "a late CUDA error is repeated",
+        "faults.py",
+        'if "cuda error" in message or "out of memory" in message:',
+        'if "out of memory" in message:',
+        FAULTS,
+    ),
+    Mutation(
+        "a backend that failed is asked again",
+        "backends/base.py",
+        "_quarantine[name, device] = reason",
+        "_quarantine[name, torch.device('meta')] = reason",
+        FAULTS,
+    ),
+    Mutation(
+        "SDPA is quarantined",
+        "faults.py",
+        "if backend.indispensable or not is_unsupported(error):",
+        "if not is_unsupported(error):",
+        FAULTS,
+    ),
+    Mutation(
+        "metadata of samples may be anything",
+        "samples.py",
+        'metadata.get("__metadata__") if isinstance(metadata, dict) else None',
+        'metadata.get("__metadata__")',
+        FUZZ,
     ),
 )
 

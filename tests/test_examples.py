@@ -184,15 +184,6 @@ batch = AutoTokenizer.from_pretrained(name)(texts, padding=True, return_tensors=
 """
 
 
-@needs_models
-def test_python_in_the_readme_runs(tmp_path: Path) -> None:
-    code = blocks("python")
-    assert len(code) >= 3
-    program = tmp_path / "readme.py"
-    program.write_text("\n".join([PRELUDE, *code]))
-    assert "backend" in run(program)
-
-
 def test_commands_in_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     commands = [line.split("#")[0].split() for line in lines if line.split("#")[0].strip()]

@@ -62,6 +62,11 @@ def plan(width: int = 8) -> Plan:
     return Plan(2, width, width, Pattern.CAUSAL, CPU)
 
 
+def bound(first: FirstUses, *arguments: Any) -> tuple[Decision, Runner]:
+    decision, bind = first.settle(*arguments)
+    return decision, bind()
+
+
 def uses(runner: Runner, times: int) -> list[Any]:
     return [runner(*STATES, {}) for _ in range(times)]
 
@@ -69,38 +74,38 @@ def uses(runner: Runner, times: int) -> list[Any]:
 def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
     # 100 us are lost per call, and building takes 1000.
-    chosen, run = first.bind(decide(profile), plan(), CALL)
+    chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is READY
     assert "build kernels" in chosen.reason
     assert uses(run, 4) == ["ready"] * 4
     # Later forwards go on counting.
-    chosen, run = first.bind(decide(profile), plan(), CALL)
+    chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is READY
     assert uses(run, 8) == ["ready"] * 6 + ["built"] * 2
-    chosen, run = first.bind(decide(profile), plan(), CALL)
+    chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is BUILT
     assert uses(run, 2) == ["built"] * 2
 
 
 def test_every_shape_counts_for_itself(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
-    _, run = first.bind(decide(profile), plan(), CALL)
+    _, run = bound(first, decide(profile), plan(), CALL)
     uses(run, 10)
-    assert first.bind(decide(profile), plan(), CALL)[0].backend is BUILT
+    assert bound(first, decide(profile), plan(), CALL)[0].backend is BUILT
     longer = replace(CALL, q_len=9, kv_len=9)
     for other in (longer, replace(CALL, dtype=torch.float64), replace(CALL, grad=True)):
-        assert first.bind(decide(profile), plan(other.q_len), other)[0].backend is READY
+        assert bound(first, decide(profile), plan(other.q_len), other)[0].backend is READY
     # What does not change the kernel does not make a new shape.
     same = replace(CALL, self_attention=True, has_eager=True)
-    assert first.bind(decide(profile), plan(), same)[0].backend is BUILT
+    assert bound(first, decide(profile), plan(), same)[0].backend is BUILT
 
 
 def test_every_thread_builds_its_own(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
-    uses(first.bind(decide(profile), plan(), CALL)[1], 10)
+    uses(bound(first, decide(profile), plan(), CALL)[1], 10)
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(first.bind(decide(profile), plan(), CALL)[0].backend)
+        target=lambda: found.append(bound(first, decide(profile), plan(), CALL)[0].backend)
     )
     thread.start()
     thread.join()
@@ -111,15 +116,15 @@ def test_a_layer_with_gradients_runs_again_as_it_ran(profile: Profile) -> None:
     """A checkpointed layer runs twice; only the next forward may change."""
     first = FirstUses((BUILT, READY, SLOW))
     training = replace(CALL, grad=True)
-    _, run = first.bind(decide(profile), plan(), training)
+    _, run = bound(first, decide(profile), plan(), training)
     assert uses(run, 20) == ["ready"] * 20
-    assert first.bind(decide(profile), plan(), training)[0].backend is BUILT
+    assert bound(first, decide(profile), plan(), training)[0].backend is BUILT
 
 
 def test_nothing_to_wait_for(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
-    assert first.bind(decide(profile, build_us=0.0), plan(), CALL)[0].backend is BUILT
-    unknown = FirstUses((BUILT, READY, SLOW)).bind(decide(profile, known=False), plan(), CALL)
+    assert bound(first, decide(profile, build_us=0.0), plan(), CALL)[0].backend is BUILT
+    unknown = bound(FirstUses((BUILT, READY, SLOW)), decide(profile, known=False), plan(), CALL)
     assert unknown[0].backend is BUILT
 
 
@@ -127,9 +132,9 @@ def test_the_next_best_may_refuse(profile: Profile) -> None:
     ready, slow = Named("ready"), Named("slow")
     first = FirstUses((BUILT, ready, slow))
     ready.refuses = True
-    chosen, run = first.bind(decide(profile), plan(), CALL)
+    chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is slow
     # 490 us are lost per call.
     assert uses(run, 4) == ["slow"] * 3 + ["built"]
     slow.refuses = True
-    assert first.bind(decide(profile), plan(9), replace(CALL, q_len=9))[0].backend is BUILT
+    assert bound(first, decide(profile), plan(9), replace(CALL, q_len=9))[0].backend is BUILT

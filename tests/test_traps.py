@@ -273,14 +273,14 @@ def test_trap_05_a_window_one_off_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("window", [0, -1])
-def test_trap_05_windows_that_are_no_windows_answer_like_eager(window: int) -> None:
-    """Such a mask hides everything; what remains is to be finite and what eager answers.
+def test_trap_05_windows_that_are_no_windows_answer_like_sdpa(window: int) -> None:
+    """Such a mask hides everything; what remains is to be finite and what sdpa answers.
 
     Without a cache: with one, Transformers itself fails on them.
     """
     inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS["left"], "use_cache": False}
     model = tiny_model("mistral", sliding_window=window)
-    assert_agree(run(model, "smart", **inputs), run(model, "eager", **inputs))
+    assert_agree(run(model, "smart", **inputs), run(model, "sdpa", **inputs))
 
 
 @pytest.mark.parametrize("padding", ["ones", "left", "holes"])

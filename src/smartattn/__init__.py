@@ -33,20 +33,28 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+from .backends.base import end_quarantine  # noqa: E402
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
-from .control import trace, use  # noqa: E402
+from .control import configure, trace, use  # noqa: E402
+from .explanation import Explanation, explain  # noqa: E402
 from .integration import register  # noqa: E402
+from .log import follow_transformers  # noqa: E402
 from .record import Trace, TraceRow  # noqa: E402
 
+follow_transformers()
 register()
 
 __all__ = [
     "Decision",
+    "Explanation",
     "Trace",
     "TraceRow",
     "UnsupportedCallError",
     "Verdict",
     "__version__",
+    "configure",
+    "end_quarantine",
+    "explain",
     "register",
     "trace",
     "use",

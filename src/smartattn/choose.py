@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .backends.base import Backend
+from .backends.base import Backend, releases
 from .call import Call
 from .plan import Plan
 
@@ -90,6 +90,7 @@ def choose(
     backends: Sequence[Backend],
     allowed: Sequence[str] | None = None,
     objective: Objective = LATENCY,
+    ask: Callable[[Backend, Plan, Call], list[str]] | None = None,
 ) -> Decision:
     """Chooses the best backend of those that compute the call exactly.
 
@@ -97,11 +98,12 @@ def choose(
         backends: candidates in the order in which they are preferred without a measurement.
         allowed: names a caller restricts the choice to; one of them runs or an error is raised.
         objective: what "best" means; where its measurements are missing, the fastest.
+        ask: what a backend refuses, for machines other than this one; None asks the backend.
 
     Raises:
         UnsupportedCallError: every candidate refuses.
     """
-    judged = [(backend, backend.refusals(plan, call)) for backend in backends]
+    judged = [(b, ask(b, plan, call) if ask else b.refusals(plan, call)) for b in backends]
     verdicts = {b.name: Verdict(b.name, tuple(refusals)) for b, refusals in judged}
     able = [b for b, refusals in judged if not refusals]
     if allowed is not None:
@@ -197,7 +199,7 @@ class Chooser:
         objective: Objective = LATENCY,
     ) -> Decision:
         """The decision for a call; see :func:`choose`."""
-        key = (id(profile), allowed, objective, _kind(plan, call))
+        key = (id(profile), allowed, objective, releases(), _kind(plan, call))
         known = self._known.get(key)
         # The entry of a profile that is gone may have come back under the id of another.
         if (

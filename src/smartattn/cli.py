@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from . import cli_doctor, cli_explain, cli_models
 from ._version import __version__
-from .cli_errors import UserError
 from .cli_profiles import profiles_app
 from .cli_show import print_thresholds, show
+from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 app.add_typer(profiles_app, name="profiles")
 app.command()(show)
+cli_explain.register(app)
+cli_doctor.register(app)
+cli_models.register(app)
 
 #: Exit code for what the user can put right.
 USER_ERROR = 2

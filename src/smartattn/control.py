@@ -1,35 +1,60 @@
-"""What a caller may set for the code inside a ``with`` block: backends, padding output, tracing."""
+"""What a caller may set: backends, padding output and tracing; for a block, a model or the process.
+
+What is set for the innermost scope counts, each setting by itself: the ``with`` block of
+:func:`use`, then the model (:func:`configure` with ``model=``), then the process
+(:func:`configure`), then the default. A block around one call is the setting for that call.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
-from .choose import LATENCY, Goal, Objective
+from .choose import Goal, Objective
+from .locks import ForkSafeLock
 from .record import Trace
+
+logger = logging.getLogger("smartattn")
 
 PadOutput = Literal["zeros", "sdpa"]
 
 #: How much slower than the fastest a call may get for the sake of memory, if nobody says.
 MEMORY_SLOWDOWN = 1.5
 
+#: Attribute of a model's configuration that holds what was set for the model. It is plain data, so
+#: that copies, pickles and saved configurations carry it.
+ATTRIBUTE = "smartattn"
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """Choices in force; compared by identity, so that it can be part of a cheap key."""
+    """Choices in force, None for what nobody has set.
+
+    Compared by identity, so that it can be part of a cheap key.
+    """
 
     backends: tuple[str, ...] | None = None
-    pad_output: PadOutput = "zeros"
-    objective: Objective = LATENCY
+    #: None stands for "zeros", and for the shortest time.
+    pad_output: PadOutput | None = None
+    objective: Objective | None = None
     trace: Trace | None = None
 
 
 _DEFAULT = Settings()
-#: One value per thread and asyncio task.
+#: What the blocks say; one value per thread and asyncio task.
 SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=_DEFAULT)
+#: What the process says.
+_process = _DEFAULT
+
+_lock = ForkSafeLock()
+# By what the block says, and then by what model and process say: equal settings are one object.
+_merged: WeakKeyDictionary[Settings, dict[Any, Settings]] = WeakKeyDictionary()
+_complained: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -57,9 +82,121 @@ def use(
         ValueError: an unknown backend, ``pad_output`` or ``objective``, or a ``max_slowdown`` below
             1 or without an objective that it bounds.
     """
+    changes = _checked(backends, pad_output, objective, max_slowdown)
+    token = SETTINGS.set(replace(SETTINGS.get(), **changes))
+    try:
+        yield
+    finally:
+        SETTINGS.reset(token)
+
+
+def configure(
+    *,
+    backends: Sequence[str] | str | None = None,
+    pad_output: PadOutput | None = None,
+    objective: Goal | None = None,
+    max_slowdown: float | None = None,
+    model: Any = None,
+) -> None:
+    """Sets the defaults of this process, or those of one model, in place of what was set before.
+
+    What is not given goes back to the next outer scope: ``configure()`` undoes all.
+
+    Args:
+        backends, pad_output, objective, max_slowdown: as for :func:`use`, whose blocks come before
+            these.
+        model: a model of Transformers. The setting is kept in its configuration, under
+            ``smartattn``, and stays with copies, pickles and ``save_pretrained``.
+
+    Raises:
+        ValueError: as for :func:`use`.
+        TypeError: ``model`` has no configuration.
+    """
+    changes = _checked(backends, pad_output, objective, max_slowdown)
+    if model is None:
+        global _process
+        _process = replace(_DEFAULT, **changes) if changes else _DEFAULT
+        return
+    configs = _configurations(model)
+    if not configs:
+        raise TypeError(f"{type(model).__name__} has no configuration; give a Transformers model")
+    for config in configs:
+        if changes:
+            setattr(config, ATTRIBUTE, _plain(changes))
+        elif ATTRIBUTE in vars(config):
+            delattr(config, ATTRIBUTE)
+
+
+def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes as they are after a visit to JSON, in the words of :func:`configure`."""
+    plain = dict(changes)
+    if "backends" in plain:
+        plain["backends"] = list(plain["backends"])
+    if "objective" in plain:
+        objective = plain.pop("objective")
+        plain["objective"] = objective.goal
+        if objective.max_slowdown is not None:
+            plain["max_slowdown"] = objective.max_slowdown
+    return plain
+
+
+def settings_for(config: Any) -> Settings:
+    """The settings for a forward of a model with this configuration, in this thread and now."""
+    block = SETTINGS.get()
+    given = None
+    if config is not None:
+        # Configurations override attribute access, which costs more than all of this.
+        given = object.__getattribute__(config, "__dict__").get(ATTRIBUTE)
+    if given is None and _process is _DEFAULT:
+        return block
+    return _merge(block, given, _process)
+
+
+def _merge(block: Settings, given: Any, process: Settings) -> Settings:
+    key = (repr(given), process)
+    with _lock:
+        known = _merged.setdefault(block, {})
+        settings = known.get(key)
+        if settings is None:
+            if len(known) > 64:
+                known.clear()
+            layers = (process, Settings(**_of_model(given)), block)
+            values = {
+                field.name: value
+                for layer in layers
+                for field in fields(Settings)
+                if (value := getattr(layer, field.name)) is not None
+            }
+            settings = known[key] = Settings(**values)
+    return settings
+
+
+def _of_model(given: Any) -> dict[str, Any]:
+    """What a configuration says, which may come from a file that anybody wrote."""
+    if given is None:
+        return {}
+    try:
+        if not isinstance(given, dict) or given.keys() - set(_WORDS):
+            raise ValueError(f"takes {', '.join(_WORDS)}")
+        return _checked(*(given.get(word) for word in _WORDS))
+    except (ValueError, TypeError) as error:
+        line = " ".join(f"smartattn ignores {ATTRIBUTE!r} in a configuration: {error}".split())
+        if line not in _complained:
+            _complained.add(line)
+            logger.warning(line[:300])
+        return {}
+
+
+#: What a caller may set, in the order that :func:`_checked` takes them.
+_WORDS = ("backends", "pad_output", "objective", "max_slowdown")
+
+
+def _checked(
+    backends: Any, pad_output: Any, objective: Any = None, max_slowdown: Any = None
+) -> dict[str, Any]:
     from .backends import BACKENDS
 
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if backends is not None:
         chosen = (backends,) if isinstance(backends, str) else tuple(backends)
         known = [backend.name for backend in BACKENDS]
@@ -83,11 +220,20 @@ def use(
             raise ValueError(f"max_slowdown is at least 1, given {max_slowdown!r}")
     if objective is not None:
         changes["objective"] = Objective(objective, max_slowdown)
-    token = SETTINGS.set(replace(SETTINGS.get(), **changes))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        SETTINGS.reset(token)
+    return changes
+
+
+def _configurations(model: Any) -> list[Any]:
+    """Those of a model and of all of its parts, which may be copies."""
+    modules = model.modules() if hasattr(model, "modules") else ()
+    found = [getattr(module, "config", None) for module in (model, *modules)]
+    found += [part for config in found for part in _parts(config)]
+    return list({id(config): config for config in found if hasattr(config, "to_dict")}.values())
+
+
+def _parts(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", None) or {}
+    return [getattr(config, name, None) for name in names]
 
 
 @contextlib.contextmanager

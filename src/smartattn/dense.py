@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,22 +45,26 @@ def seen(plan: Plan) -> torch.Tensor | None:
 def bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask as the additive one that kernels want, of the same shape.
 
-    Rows of a boolean mask become aligned, so that no kernel has to copy them; hidden keys get a
-    finite value, so that queries that see nothing stay finite.
+    Rows of a boolean mask become aligned, so that no kernel has to copy them.
     """
     if mask.dtype != torch.bool:
         # The lowest values of a caller's own mask must not become infinite in a smaller dtype.
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     *shape, width = mask.shape
     aligned = -(-width // _ALIGNMENT) * _ALIGNMENT
-    additive = torch.full((*shape, aligned), HIDDEN, dtype=dtype, device=mask.device)
+    additive = torch.full((*shape, aligned), _hidden(mask.device), dtype=dtype, device=mask.device)
     return additive[..., :width].masked_fill_(mask, 0.0)
 
 
-#: What is added to the scores of hidden keys, the lowest number of float16. It is far below every
-#: score. Kernels subtract it again, in float32 and in different orders, from which a much lower
-#: number comes out as infinity.
+#: What is added to the scores of hidden keys on GPUs, the lowest number of float16. It is far below
+#: every score. Kernels subtract it again, in float32 and in different orders, from which a much
+#: lower number comes out as infinity, and infinity as NaN.
 HIDDEN = -65504.0
+
+
+def _hidden(device: torch.device) -> float:
+    # torch's own kernels for CPUs give zeros where all is hidden, as for its boolean masks.
+    return -math.inf if device.type == "cpu" else HIDDEN
 
 
 def local_mask(

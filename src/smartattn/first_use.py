@@ -44,24 +44,27 @@ class FirstUses:
         self._backends = {backend.name: backend for backend in backends}
         self._shapes: dict[Hashable, _Shape] = {}
 
-    def bind(self, decision: Decision, plan: Plan, call: Call) -> tuple[Decision, Runner]:
-        """The decision with what it costs to build taken into account, and its runner."""
+    def settle(
+        self, decision: Decision, plan: Plan, call: Call
+    ) -> tuple[Decision, Callable[[], Runner]]:
+        """The decision with what it costs to build taken into account, and what binds it."""
+        bind = functools.partial(decision.backend.bind, plan, call)
         build_us = decision.verdict.build_us
         if not build_us:
-            return decision, decision.backend.bind(plan, call)
+            return decision, bind
         shape = self._shape(decision.backend, plan, call)
         other = None if shape.built else self._alternative(decision, plan, call)
         if other is None:
             shape.built = True
-            return decision, decision.backend.bind(plan, call)
+            return decision, bind
         backend, loss_us = other
         reason = (
             f"{decision.backend.name} would first have to build kernels for this shape "
             f"({build_us / 1e3:.0f} ms), which pays once it has come often enough"
         )
         chosen = replace(decision, backend=backend, reason=reason)
-        wait = _Waiting(shape, loss_us, build_us, backend, decision.backend, plan, call)
-        return chosen, wait.run
+        wait = functools.partial(_Waiting, shape, loss_us, build_us, backend, bind, plan, call)
+        return chosen, lambda: wait().run
 
     def _shape(self, backend: Backend, plan: Plan, call: Call) -> _Shape:
         # torch keeps cuDNN's plans per thread.
@@ -107,14 +110,14 @@ class _Waiting:
         loss_us: float,
         build_us: float,
         now: Backend,
-        later: Backend,
+        later: Callable[[], Runner],
         plan: Plan,
         call: Call,
     ) -> None:
         self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
         self._now = now.bind(plan, call)
         self._later: Runner | None = None
-        self._bind_later: Callable[[], Runner] = functools.partial(later.bind, plan, call)
+        self._bind_later = later
         # A checkpointed layer must run again as it ran in the forward.
         self._may_change = not call.grad
 

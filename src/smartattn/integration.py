@@ -18,6 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from . import faults
 from .arguments import (
     NEUTRAL_ARGUMENTS,
     features_of,
@@ -28,8 +29,8 @@ from .arguments import (
 )
 from .backends import BACKENDS
 from .call import Call, Runner
-from .choose import Chooser, Decision
-from .control import SETTINGS, Settings
+from .choose import LATENCY, Chooser, Decision
+from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
 from .masking import additive, smart_mask
@@ -114,7 +115,7 @@ def smart_attention(
     if "indices" in kwargs or "block_indices" in kwargs:
         plan = narrowed(module, query, key, plan, kwargs)
     # Those in force when the forward began: checkpointed layers run again long after it.
-    settings = plan.settings or SETTINGS.get()
+    settings = plan.settings or settings_for(getattr(module, "config", None))
     features: tuple[str, ...] = ()
     if kwargs.keys() - NEUTRAL_ARGUMENTS:
         features = features_of(kwargs)
@@ -134,20 +135,27 @@ def smart_attention(
         torch.are_deterministic_algorithms_enabled(),
         settings,
     )
-    choice = plan.decisions.get(signature)
-    if choice is None:
-        if len(plan.decisions) >= _MAX_CHOICES:
-            # The plan of a None mask outlives its forward, and with it what callers have set.
-            plan.decisions.clear()
-        choice = plan.decisions[signature] = _choose(
-            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
-        )
-    kwargs["module"] = module
-    if choice.eager is not None:
-        kwargs["eager"] = choice.eager
-    if settings.trace is not None:
-        settings.trace.record(plan, choice.call, choice.decision)
-    return choice.run(query, key, value, kwargs), None
+    while True:
+        choice = plan.decisions.get(signature)
+        if choice is None:
+            if len(plan.decisions) >= _MAX_CHOICES:
+                # The plan of a None mask outlives its forward, and with it what callers have set.
+                plan.decisions.clear()
+            choice = plan.decisions[signature] = _choose(
+                module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+            )
+        kwargs["module"] = module
+        if choice.eager is not None:
+            kwargs["eager"] = choice.eager
+        if settings.trace is not None:
+            settings.trace.record(plan, choice.call, choice.decision)
+        try:
+            return choice.run(query, key, value, kwargs), None
+        except Exception as error:
+            if not faults.may_repeat(error, choice.decision.backend, plan, choice.call):
+                faults.annotate(error, choice.decision, plan, choice.call)
+                raise
+            plan.decisions.pop(signature, None)
 
 
 def _plan_of(
@@ -230,12 +238,21 @@ def _choose(
         features=frozenset(wanted),
     )
     profile = profile_for(query.device)
-    decision = _chooser(plan, call, profile, settings.backends, settings.objective)
-    if settings.backends is None and settings.objective.goal == "latency":
-        decision, run = _first_uses.bind(decision, plan, call)
-    else:
-        run = decision.backend.bind(plan, call)
+    objective = settings.objective or LATENCY
+    decision = _chooser(plan, call, profile, settings.backends, objective)
+    bind: Callable[[], Runner] = functools.partial(decision.backend.bind, plan, call)
+    if settings.backends is None and objective.goal == "latency":
+        decision, bind = _first_uses.settle(decision, plan, call)
     _log(plan, call, decision)
+    try:
+        run = bind()
+    except Exception as error:
+        if not faults.may_repeat(error, decision.backend, plan, call):
+            faults.annotate(error, decision, plan, call)
+            raise
+        return _choose(
+            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+        )
     return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
 
 

@@ -15,8 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ._version import __version__
 
-#: One printable line, so that what a file holds can be logged.
-Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=300)]
+#: What a text in a file may hold, so that it can be logged: no control characters, nothing that
+#: turns the direction of writing or ends a line.
+PLAIN = r"^[^\p{C}\p{Zl}\p{Zp}]*$"
+#: One printable line.
+Line = Annotated[str, StringConstraints(pattern=PLAIN, max_length=300)]
 
 
 class Record(BaseModel):
@@ -153,5 +156,10 @@ def _distribution(name: str) -> str | None:
         return None
 
 
+def one_line(text: str) -> str:
+    """A text as one printable line of at most 300 characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+
 def _printable(text: str) -> str:
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:300] or "unknown"
+    return one_line(text) or "unknown"

@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils as masks
 from transformers.utils.import_utils import is_tracing
 
-from .control import SETTINGS
+from .control import settings_for
 from .mask import PlanMask
 from .patterns import calls_attention_function, packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
@@ -77,7 +77,7 @@ def smart_mask(
             **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
         )
         plan = Plan(batch_size, q_length, kv_length, Pattern.OTHER, where, given=mask)
-        plan.settings = SETTINGS.get()
+        plan.settings = settings_for(config)
         return PlanMask(plan, dtype)
     real = real_on_device = packed = None
     if attention_mask is not None:
@@ -101,7 +101,7 @@ def smart_mask(
         real_on_device=real_on_device,
         packed=packed,
     )
-    plan.settings = SETTINGS.get()
+    plan.settings = settings_for(config)
     return PlanMask(plan, dtype)
 
 

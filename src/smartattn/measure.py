@@ -154,7 +154,7 @@ def warm_up(device: torch.device, backends: tuple[Backend, ...]) -> None:
         for backend in candidates(plan, call, backends, {}):
             # One that fails does so again when it is measured, and is then left out.
             with contextlib.suppress(Exception):
-                _runner(backend, plan, call, tensors)()
+                runner(backend, plan, call, tensors)()
     synchronize(device)
 
 
@@ -198,7 +198,7 @@ def _verified(
     try:
         synchronize(call.device)
         start = time.perf_counter()
-        function = _runner(backend, plan, call, tensors)
+        function = runner(backend, plan, call, tensors)
         result = function()
         synchronize(call.device)
         sample = replace(sample, first_us=(time.perf_counter() - start) * 1e6)
@@ -218,7 +218,8 @@ def _verified(
     return checked, None, reason
 
 
-def _runner(backend: Backend, plan: Plan, call: Call, tensors: Tensors) -> Callable[[], Result]:
+def runner(backend: Backend, plan: Plan, call: Call, tensors: Tensors) -> Callable[[], Result]:
+    """A function that runs a backend once, with its backward if the tensors are for one."""
     query, key, value, leaves, grad_output = tensors
     run = backend.bind(plan, call)
 
@@ -246,7 +247,7 @@ def _prepare_us(
                 break
             synchronize(device)
             start = time.perf_counter()
-            function = _runner(backend, plan, call, tensors)
+            function = runner(backend, plan, call, tensors)
             function()
             synchronize(device)
             first = time.perf_counter()

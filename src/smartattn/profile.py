@@ -6,8 +6,6 @@ import functools
 import json
 import logging
 import os
-import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +18,8 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from .call import Call
 from .cost import BackendName, Cost, Estimate, Layout, Mode, Predictor
 from .files import StrPath, read_bounded, write_atomically
-from .machine import Device, Line, Record, Versions, identify, versions
+from .locks import ForkSafeLock
+from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
 from .plan import Plan
 
 logger = logging.getLogger("smartattn")
@@ -33,7 +32,7 @@ MAX_BYTES = 4 * 1024 * 1024
 Tokens = Annotated[int, Field(ge=0, le=10**12)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
-Sentence = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+Sentence = Annotated[str, StringConstraints(pattern=PLAIN, max_length=2000)]
 
 
 class ProfileError(ValueError):
@@ -197,6 +196,15 @@ def load(path: StrPath) -> Profile:
         raise ProfileError(error.strerror or type(error).__name__) from None
     except ValueError as error:
         raise ProfileError(str(error)) from None
+    return parse(content)
+
+
+def parse(content: bytes) -> Profile:
+    """The profile in the content of a file.
+
+    Raises:
+        ProfileError: no valid profile; the message is one line.
+    """
     try:
         text = content.decode("utf-8")
         # pydantic keeps the last one of two equal keys; nobody can have meant that.
@@ -209,11 +217,11 @@ def load(path: StrPath) -> Profile:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise ProfileError(_one_line(f"{place}: {first['msg']}")) from None
+        raise ProfileError(one_line(f"{place}: {first['msg']}")) from None
     except RecursionError:
         raise ProfileError("nested too deeply") from None
     except ValueError as error:
-        raise ProfileError(_one_line(f"not valid JSON: {error}")) from None
+        raise ProfileError(one_line(f"not valid JSON: {error}")) from None
 
 
 def save(profile: Profile, path: StrPath) -> None:
@@ -246,12 +254,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         double = next(key for key in keys if keys.count(key) > 1)
-        raise ProfileError(_one_line(f"key {double!r} appears twice"))
+        raise ProfileError(one_line(f"key {double!r} appears twice"))
     return result
-
-
-def _one_line(text: str) -> str:
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:300]
 
 
 # -- finding -------------------------------------------------------------------------------------
@@ -347,8 +351,9 @@ def _mismatch(profile: Profile, device: Device | None) -> str | None:
 
 # -- the profile in force ------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _in_force: dict[torch.device, Profile] = {}
+_found: dict[torch.device, Found] = {}
 _given: StrPath | None = None
 _warned: set[tuple[str, str]] = set()
 
@@ -382,9 +387,19 @@ def profile_for(device: torch.device) -> Profile:
     return profile
 
 
+def found_for(device: torch.device) -> Found:
+    """The profile in force for a device, with how it was found; see :func:`profile_for`."""
+    profile = profile_for(device)
+    found = _found.get(device)
+    # Another thread may have gone on to another profile in between.
+    if found is None or found.profile is not profile:
+        found = Found(profile=profile, path=None, source="set", passed_over=(), rejected=())
+    return found
+
+
 def _look_up(device: torch.device) -> Profile:
     identity = identify(device)
-    found = find(identity, _given)
+    found = _found[device] = find(identity, _given)
     for path, reason in found.rejected:
         if (path, reason) not in _warned:
             _warned.add((path, reason))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .call import Call
 from .choose import Decision
@@ -12,8 +16,9 @@ from .plan import Plan
 
 @dataclass(slots=True)
 class TraceRow:
-    """Layers that were asked for the same and got the same backend."""
+    """Layers that were asked for the same and got the same backend. Times in microseconds."""
 
+    #: What was measured: lengths and pattern, see :meth:`smartattn.plan.Plan.describe`.
     facts: dict[str, Any]
     heads: int
     kv_heads: int
@@ -23,10 +28,19 @@ class TraceRow:
     backend: str
     reason: str
     refused: dict[str, tuple[str, ...]]
+    #: Of one call, by backend; empty where the profile holds no measurement.
     predicted_us: dict[str, float]
     #: What was to be small, e.g. "latency" or "memory within 1.5 times the fastest".
     objective: str = "latency"
     calls: int = 0
+    #: Masks measured for these calls: one per forward and kind of mask. 0 where a layer came with
+    #: no mask, or with one that smartattn did not make.
+    forwards: int = 0
+
+    @property
+    def predicted(self) -> float | None:
+        """Predicted time of one call of the chosen backend."""
+        return self.predicted_us.get(self.backend)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -34,66 +48,61 @@ class TraceRow:
 
 
 class Trace:
-    """Choices in the order in which they were first made; see :func:`smartattn.trace`."""
+    """Choices in the order in which they were first made; see :func:`smartattn.trace`.
+
+    Threads that run in the same context (``contextvars.copy_context``) may share one.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._rows: dict[Any, TraceRow] = {}
-        self._seen: dict[int, tuple[Plan, Decision, TraceRow]] = {}
+        # Rows by the ids of call and decision; the entry holds both, so that no other object can
+        # have the id. It goes with its plan: a trace keeps no tensor alive.
+        self._seen: WeakKeyDictionary[
+            Plan, dict[tuple[int, int], tuple[Call, Decision, TraceRow]]
+        ] = WeakKeyDictionary()
 
     @property
     def rows(self) -> list[TraceRow]:
         """One entry per distinct request and choice."""
-        return list(self._rows.values())
+        with self._lock:
+            return list(self._rows.values())
 
     def record(self, plan: Plan, call: Call, decision: Decision) -> None:
         """Counts one attention call."""
-        # The entry keeps its objects alive, so an id cannot come back as another's.
-        seen = self._seen.get(id(decision))
-        if seen is None or seen[0] is not plan:
-            facts = plan.describe()
-            name = decision.backend.name
-            key = (*facts.items(), call, name, decision.reason, decision.objective)
-            row = self._rows.get(key)
-            if row is None:
-                row = self._rows[key] = _row(facts, call, decision)
-            seen = self._seen[id(decision)] = (plan, decision, row)
-        seen[2].calls += 1
+        with self._lock:
+            known = self._seen.get(plan)
+            if known is None:
+                known = self._seen[plan] = {}
+            seen = known.get((id(call), id(decision)))
+            if seen is None:
+                row = self._row(plan, call, decision)
+                # One forward may ask for the same in two ways, by layers of two classes.
+                if plan.settings is not None and all(
+                    row is not other[2] for other in known.values()
+                ):
+                    row.forwards += 1
+                seen = known[id(call), id(decision)] = (call, decision, row)
+            seen[2].calls += 1
+
+    def _row(self, plan: Plan, call: Call, decision: Decision) -> TraceRow:
+        facts = plan.describe()
+        key = (*facts.items(), call, decision.backend.name, decision.reason, decision.objective)
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = _row(facts, call, decision)
+        return row
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain values, fit for JSON."""
         return [row.as_dict() for row in self.rows]
 
+    def to_json(self) -> str:
+        """The rows as JSON."""
+        return json.dumps(self.as_dicts(), indent=2)
+
     def __str__(self) -> str:
-        header = ("batch", "queries", "keys", "pattern", "padding", "heads", "dtype", "backend")
-        table = [(*header, "calls", "why")]
-        for row in self.rows:
-            facts = row.facts
-            padding = facts["padding"]
-            if facts.get("padding_share"):
-                padding = f"{padding} {facts['padding_share']:.0%}"
-            pattern = facts["pattern"]
-            if facts["window"] is not None:
-                pattern = f"{pattern} window {facts['window']}"
-            heads = f"{row.heads}/{row.kv_heads}x{row.head_dim}"
-            table.append(
-                (
-                    str(facts["batch"]),
-                    str(facts["q_len"]),
-                    str(facts["kv_len"]),
-                    pattern,
-                    padding,
-                    heads,
-                    row.dtype,
-                    row.backend,
-                    str(row.calls),
-                    row.reason,
-                )
-            )
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]) - 1)]
-        return "\n".join(
-            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
-            for line in table
-        )
+        return _table(self.rows)
 
 
 def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
@@ -114,3 +123,85 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
         },
         objective=str(decision.objective),
     )
+
+
+# -- printing ------------------------------------------------------------------------------------
+
+_HEADER = (
+    "forwards",
+    "batch",
+    "queries",
+    "keys",
+    "pattern",
+    "padding",
+    "heads",
+    "dtype",
+    "backend",
+    "calls",
+    "predicted us",
+    "why",
+)
+
+
+def _table(rows: Sequence[TraceRow]) -> str:
+    """One line per layer group: the steps of a generation differ in their keys and share one."""
+    groups: dict[Any, list[TraceRow]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    table = [_HEADER, *(_line(group) for group in groups.values())]
+    widths = [max(len(line[i]) for line in table) for i in range(len(_HEADER) - 1)]
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
+        for line in table
+    )
+
+
+def _group(row: TraceRow) -> Any:
+    facts = row.facts
+    steps = facts["q_len"] == 1
+    sizes = () if steps else (facts["kv_len"], facts.get("padding_share"), row.reason)
+    return (
+        *(facts[name] for name in ("batch", "q_len", "pattern", "window", "padding")),
+        *(row.heads, row.kv_heads, row.head_dim, row.dtype, row.grad, row.backend),
+        *sizes,
+        _why(row) if steps else "",
+    )
+
+
+def _line(group: Sequence[TraceRow]) -> tuple[str, ...]:
+    row = group[0]
+    facts = row.facts
+    padding = facts["padding"]
+    shares = [100 * r.facts["padding_share"] for r in group if r.facts.get("padding_share")]
+    if shares:
+        padding = f"{padding} {_span(shares)}%"
+    pattern = facts["pattern"]
+    if facts["window"] is not None:
+        pattern = f"{pattern} window {facts['window']}"
+    predicted = [r.predicted for r in group if r.predicted is not None]
+    forwards = sum(r.forwards for r in group)
+    return (
+        str(forwards) if forwards else "-",
+        str(facts["batch"]),
+        str(facts["q_len"]),
+        _span([r.facts["kv_len"] for r in group]),
+        pattern,
+        padding,
+        f"{row.heads}/{row.kv_heads}x{row.head_dim}",
+        f"{row.dtype} grad" if row.grad else row.dtype,
+        row.backend,
+        str(sum(r.calls for r in group)),
+        _span(predicted) if predicted else "-",
+        row.reason if len(group) == 1 else _why(row),
+    )
+
+
+def _why(row: TraceRow) -> str:
+    """The reason without what differs between calls of slightly other sizes."""
+    return row.reason if row.predicted is None else row.reason.split(":")[0]
+
+
+def _span(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    low, high = f"{ordered[0]:.0f}", f"{ordered[-1]:.0f}"
+    return low if low == high else f"{low}-{high}"

@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_tensors
 
 from .cost import LAYERS, BackendName
 from .files import StrPath, read_bounded, write_atomically
-from .machine import Device, Line, Record, Versions
+from .machine import Device, Line, Record, Versions, one_line
 from .profile import Seconds, Sentence
 from .workload import FIELDS, WORDS, Workload
 
@@ -133,14 +133,24 @@ def load(path: StrPath) -> tuple[Header, list[Sample]]:
         raise SamplesError(error.strerror or type(error).__name__) from None
     except ValueError as error:
         raise SamplesError(str(error)) from None
+    return parse(content)
+
+
+def parse(content: bytes) -> tuple[Header, list[Sample]]:
+    """The raw samples in the content of a file.
+
+    Raises:
+        SamplesError: it holds something else; the message is one line.
+    """
     try:
         header, words = _header(content)
         return header, _rows(header, words, load_tensors(content))
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, SamplesError):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise SamplesError(f"no samples of smartattn calibrate: {reason}") from None
+        raise SamplesError(f"no samples of smartattn calibrate: {one_line(str(error))}") from None
+    except RecursionError:
+        raise SamplesError("no samples of smartattn calibrate: nested too deeply") from None
 
 
 def _header(content: bytes) -> tuple[Header, dict[str, list[str]]]:
@@ -148,8 +158,9 @@ def _header(content: bytes) -> tuple[Header, dict[str, list[str]]]:
     length = int.from_bytes(content[:8], "little")
     if length > len(content) - 8:
         raise SamplesError("not a whole safetensors file")
-    metadata = json.loads(content[8 : 8 + length].decode("utf-8")).get("__metadata__", {})
-    given = json.loads(metadata.get(_METADATA_KEY, "null"))
+    metadata = json.loads(content[8 : 8 + length].decode("utf-8"))
+    metadata = metadata.get("__metadata__") if isinstance(metadata, dict) else None
+    given = json.loads(metadata.get(_METADATA_KEY, "null")) if isinstance(metadata, dict) else None
     if not isinstance(given, dict):
         raise SamplesError("no samples of smartattn calibrate: the metadata is missing")
     words = given.pop("words", None)

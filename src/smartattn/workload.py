@@ -6,7 +6,7 @@ these fields to be fitted again, also with features that did not exist when they
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -210,6 +210,18 @@ class Workload:
         tensors = (4 * queries + 6 * repeated) * size * (3 if self.mode == "train" else 1)
         mask = self.batch * self.q_len * self.kv_len * (1 + size)
         return tensors + 2 * mask
+
+
+def as_padded(workload: Workload, seeds: int = 64) -> Workload:
+    """The workload with the seed, of the first few, whose padding is closest to what is aimed at.
+
+    Drawn lengths have the wanted mean only in expectation; of few rows they may be far from it.
+    """
+    if workload.side not in ("left", "right"):
+        return workload
+    wanted = (1 - workload.padding_share) * workload.batch * workload.kv_len
+    drawn = (replace(workload, seed=seed) for seed in range(seeds))
+    return min(drawn, key=lambda one: abs(int(one.lengths.sum()) - wanted))
 
 
 def _padded_lengths(workload: Workload) -> IntArray:

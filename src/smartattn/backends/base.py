@@ -46,6 +46,35 @@ class Support:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: DEFAULT_TOLERANCES)
 
 
+#: Why backends are not used again in this process, by name and device; see ``faults``.
+_quarantine: dict[tuple[str, torch.device], str] = {}
+
+
+_releases = 0
+
+
+def quarantine(name: str, device: torch.device, reason: str) -> None:
+    """Makes a backend refuse every call on a device from now on, in this process."""
+    _quarantine[name, device] = reason
+
+
+def releases() -> int:
+    """How often a quarantine was ended: choices of before then may have been made without some."""
+    return _releases
+
+
+def quarantined(name: str, device: torch.device) -> str | None:
+    """Why a backend is not used again on a device, None if it may be."""
+    return _quarantine.get((name, device))
+
+
+def end_quarantine() -> None:
+    """Lets all backends run again, for instance after a package was put right."""
+    global _releases
+    _releases += 1
+    _quarantine.clear()
+
+
 class Backend(ABC):
     """One way to compute attention.
 
@@ -56,16 +85,31 @@ class Backend(ABC):
     support: ClassVar[Support]
     #: Considered only when every other backend refuses.
     last_resort: ClassVar[bool] = False
+    #: Never quarantined: where it fails, nothing else is left to run.
+    indispensable: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None if it can."""
+        return None
+
+    def remedy(self) -> str | None:
+        """A shell command that would end what :meth:`unavailable` says, None if there is none."""
         return None
 
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         """All reasons why this call cannot be run exactly; empty if it can."""
         reason = self.unavailable()
         reasons = [reason] if reason else []
+        if _quarantine and (failed := quarantined(self.name, call.device)):
+            reasons.append(failed)
         return reasons + declared_refusals(self.support, call) + self.further_refusals(plan, call)
+
+    def refusals_elsewhere(
+        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+    ) -> list[str]:
+        """The same on another machine, which has all packages; ``capability`` is its GPU's."""
+        declared = declared_refusals(self.support, call, capability)
+        return declared + self.further_refusals(plan, call)
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         """Reasons beyond what :class:`Support` can say."""
@@ -97,8 +141,13 @@ class Backend(ABC):
         return self.bind(plan, call)(query, key, value, arguments)
 
 
-def declared_refusals(support: Support, call: Call) -> list[str]:
-    """What the declarations of a backend say against a call."""
+def declared_refusals(
+    support: Support, call: Call, capability: tuple[int, int] | None = None
+) -> list[str]:
+    """What the declarations of a backend say against a call.
+
+    ``capability`` is that of a CUDA device which this machine need not have; None asks the call's.
+    """
     reasons = []
     kind = call.device.type
     if support.devices is not None and kind not in support.devices:
@@ -122,7 +171,7 @@ def declared_refusals(support: Support, call: Call) -> list[str]:
         reasons.append("has no backward, and a gradient is needed")
     bounds = support.min_capability, support.max_capability
     if kind == "cuda" and bounds != (None, None):
-        given = _capability(call.device)
+        given = capability or _capability(call.device)
         lowest, highest = bounds
         for bound, missed, word in (
             (lowest, lowest is not None and given < lowest, ""),

@@ -21,11 +21,17 @@ class EagerBackend(Backend):
     name = "eager"
     support = Support(mixed_head_dims=True)
     last_resort = True
+    indispensable = True
 
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         if not call.has_eager:
             return ["the model's own module has no eager_attention_forward"]
         return []
+
+    def refusals_elsewhere(
+        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+    ) -> list[str]:
+        return self.refusals(plan, call)
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return True

@@ -90,6 +90,16 @@ class FlashAttention2Backend(Backend):
     def unavailable(self) -> str | None:
         return _package()[1]
 
+    def remedy(self) -> str | None:
+        reason = self.unavailable()
+        if reason is None:
+            return None
+        install = "pip install --no-build-isolation 'flash-attn>=2.8,<3'"
+        if "cannot be imported" in reason and "No module named 'flash_attn'" not in reason:
+            # Built for another torch or CUDA; pip would take the same build from its cache.
+            install += " --force-reinstall --no-deps --no-cache-dir"
+        return install
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):

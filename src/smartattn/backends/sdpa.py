@@ -19,6 +19,7 @@ class SdpaBackend(Backend):
     """
 
     name = "sdpa"
+    indispensable = True
     support = Support(
         mixed_head_dims=True,
         features=frozenset({"dropout", "position_bias", "mixed dtypes"}),

@@ -89,6 +89,9 @@ class TorchVarlenBackend(Backend):
     def unavailable(self) -> str | None:
         return _varlen_attn()[2]
 
+    def remedy(self) -> str | None:
+        return None if self.unavailable() is None else "pip install --upgrade 'torch>=2.11'"
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):

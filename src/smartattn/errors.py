@@ -1,4 +1,4 @@
-"""What the command line says of mistakes."""
+"""What the commands raise for the command line to print."""
 
 from __future__ import annotations
 

@@ -1,0 +1,234 @@
+"""A model under eager, sdpa, flash_attention_2 and smart, side by side in interleaved rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .control import trace
+from .models import (
+    IMPLEMENTATIONS,
+    Batch,
+    forward,
+    generate,
+    one_line,
+    output_of,
+    relative,
+    set_implementation,
+)
+from .timing import relative_spread, synchronize
+
+#: Rounds that are measured at least, and shares that count as equal however small the spread is.
+MIN_ROUNDS = 3
+EQUAL = 0.02
+
+#: (implementation, round, rounds at most)
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class Row:
+    """One implementation. Seconds are those of all batches once; empty where it did not run."""
+
+    implementation: str
+    seconds: list[float] = field(default_factory=list)
+    #: Bytes allocated at the worst moment, above what the model holds; None on a CPU.
+    peak_bytes: int | None = None
+    #: Largest |difference from eager| / largest |eager| at real tokens; None for generation.
+    difference: float | None = None
+    #: Share of the generated tokens that are those of eager; None for a forward.
+    equal_tokens: float | None = None
+    #: Backends that smart chose, with the number of calls.
+    chosen: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        """Median of the rounds in seconds."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the rounds divided by their median."""
+        return relative_spread(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """All implementations on the same batches."""
+
+    rows: tuple[Row, ...]
+    device: str
+    dtype: str
+    #: Real tokens of all batches, or tokens generated: what tokens per second counts.
+    tokens: int
+    real_tokens: int
+    padding_tokens: int
+    new_tokens: int
+
+    def tokens_per_second(self, row: Row) -> float | None:
+        """Real or generated tokens per second."""
+        return None if not row.median else self.tokens / row.median
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the best other implementation divided by that of smart."""
+        smart, best = self._smart(), self._best()
+        if smart is None or best is None or not smart.median or not best.median:
+            return None
+        return best.median / smart.median
+
+    @property
+    def verdict(self) -> str:
+        """Whether smart pays for this workload, in a sentence."""
+        smart, best, speedup = self._smart(), self._best(), self.speedup
+        if smart is None or smart.error is not None:
+            return f"smart did not run: {smart.error if smart else 'not measured'}"
+        if best is None or speedup is None:
+            return "only smart ran"
+        noise = max(EQUAL, smart.spread / 2, best.spread / 2)
+        name = best.implementation
+        if speedup < 1 - noise:
+            return (
+                f"smart does not pay here: it takes {1 / speedup:.2f} times as long as {name}; "
+                f"load this model with attn_implementation={name!r} for batches like these"
+            )
+        if speedup <= 1 + noise:
+            return (
+                f"smart makes no difference here: {speedup:.2f} times as fast as {name}, "
+                f"within the spread of {noise:.0%}"
+            )
+        return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        rows = [
+            {**asdict(row), "median": row.median, "spread": row.spread,
+             "tokens_per_second": self.tokens_per_second(row)}
+            for row in self.rows
+        ]  # fmt: skip
+        return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict}
+
+    def _smart(self) -> Row | None:
+        return next((row for row in self.rows if row.implementation == "smart"), None)
+
+    def _best(self) -> Row | None:
+        ran = [row for row in self.rows if row.implementation != "smart" and row.median]
+        return min(ran, key=lambda row: row.median or 0.0, default=None)
+
+
+def bench(
+    model: Any,
+    batches: Sequence[Batch],
+    *,
+    new_tokens: int = 0,
+    rounds: int = 9,
+    seconds: float = 30.0,
+    report: Report = lambda name, number, rounds: None,
+) -> Benchmark:
+    """Times a model under every implementation.
+
+    Every round runs all of them, in turns, so that whatever else the machine does meets all alike.
+
+    Args:
+        new_tokens: generate that many tokens instead of running a forward.
+        rounds, seconds: it ends after so many rounds, or so long once ``MIN_ROUNDS`` are done.
+    """
+    device: torch.device = model.device
+    rows = [Row(name) for name in IMPLEMENTATIONS]
+    reference: list[torch.Tensor] | None = None
+    for row in rows:
+        report(row.implementation, 0, rounds)
+        outputs = _first(model, batches, new_tokens, row, device)
+        if outputs is not None and reference is None:
+            reference = outputs
+        if outputs is not None and reference is not None:
+            _agreement(row, outputs, reference, batches, new_tokens)
+        del outputs
+    del reference
+    order = [row for row in rows if row.error is None]
+    start = time.perf_counter()
+    for number in range(1, rounds + 1):
+        for row in order:
+            report(row.implementation, number, rounds)
+            set_implementation(model, row.implementation)
+            synchronize(device)
+            before = time.perf_counter()
+            for batch in batches:
+                _run(model, batch, new_tokens)
+            synchronize(device)
+            row.seconds.append(time.perf_counter() - before)
+        order.append(order.pop(0))
+        if number >= min(MIN_ROUNDS, rounds) and time.perf_counter() - start > seconds:
+            break
+    real = sum(batch.tokens for batch in batches)
+    sequences = sum(len(batch.real) for batch in batches)
+    return Benchmark(
+        rows=tuple(rows),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokens=new_tokens * sequences if new_tokens else real,
+        real_tokens=real,
+        padding_tokens=sum(batch.real.numel() for batch in batches) - real,
+        new_tokens=new_tokens,
+    )
+
+
+def _run(model: Any, batch: Batch, new_tokens: int) -> torch.Tensor:
+    if new_tokens:
+        return generate(model, batch, new_tokens)
+    return output_of(forward(model, batch))
+
+
+def _first(
+    model: Any, batches: Sequence[Batch], new_tokens: int, row: Row, device: torch.device
+) -> list[torch.Tensor] | None:
+    """The outputs of one implementation on the host; the first run warms up, the second counts."""
+    row.error = set_implementation(model, row.implementation)
+    if row.error is not None:
+        return None
+    try:
+        with trace() as recorded:
+            outputs = [_run(model, batch, new_tokens).cpu() for batch in batches]
+        if device.type == "cuda":
+            synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            for batch in batches:
+                _run(model, batch, new_tokens)
+            synchronize(device)
+            row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    except Exception as error:
+        # Out of memory under eager attention must not end the comparison of the others.
+        row.error = one_line(error)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+    for made in recorded.rows:
+        row.chosen[made.backend] = row.chosen.get(made.backend, 0) + made.calls
+    return outputs
+
+
+def _agreement(
+    row: Row,
+    outputs: list[torch.Tensor],
+    reference: list[torch.Tensor],
+    batches: Sequence[Batch],
+    new_tokens: int,
+) -> None:
+    if new_tokens:
+        equal = sum(int((a == b).sum()) for a, b in zip(outputs, reference, strict=True))
+        row.equal_tokens = equal / sum(tokens.numel() for tokens in reference)
+        return
+    largest = scale = 0.0
+    for given, right, batch in zip(outputs, reference, batches, strict=True):
+        real = batch.real.cpu()
+        difference = (given[real].float() - right[real].float()).abs().nan_to_num(float("inf"))
+        largest = max(largest, float(difference.max()))
+        scale = max(scale, float(right[real].abs().max()))
+    row.difference = relative(largest, scale)

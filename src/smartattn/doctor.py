@@ -1,0 +1,270 @@
+"""What works on this machine and what does not: versions, devices, profiles, and every backend that
+can be used, run on small calls and compared with attention in float64.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from . import profile as profiles
+from .backends import BACKENDS, Backend
+from .machine import driver_version, identify, versions
+from .measure import runner
+from .reference import error_of, expected
+from .workload import Workload
+
+#: Seconds per device after which no further call is tested, once every backend ran one.
+SECONDS = 2.0
+
+Health = Literal["works", "wrong", "fails", "unusable", "untested"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """One backend on one device."""
+
+    backend: str
+    #: "unusable": it refuses this device; "untested": it runs the models' own code.
+    health: Health
+    #: Calls that were right, and calls that were tried.
+    passed: int
+    tried: int
+    #: Largest error relative to what the backend's tolerance allows; above 1 is wrong.
+    worst: float
+    #: What failed first, or why it cannot be used.
+    problems: tuple[str, ...] = ()
+    #: The command that would change that.
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """One device, the profile in force for it, and the backends on it."""
+
+    device: str
+    name: str
+    #: GiB of memory, None for a CPU.
+    memory: float | None
+    profile: str
+    profile_source: str
+    profile_path: str | None
+    #: What was passed over in the search, and what differs from the versions of the measurement.
+    remarks: tuple[str, ...]
+    backends: tuple[BackendReport, ...]
+    #: Seconds that the self-test took.
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """This machine."""
+
+    versions: dict[str, str | None]
+    devices: tuple[DeviceReport, ...]
+    #: What is wrong with the machine as a whole, each with the command that would change it.
+    problems: tuple[tuple[str, str], ...]
+
+    @property
+    def healthy(self) -> bool:
+        """No backend that can be used gives wrong answers or fails."""
+        return not any(
+            backend.health in ("wrong", "fails")
+            for device in self.devices
+            for backend in device.backends
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        return {"healthy": self.healthy, **asdict(self)}
+
+
+def examine(backends: Sequence[Backend] = BACKENDS, seconds: float = SECONDS) -> Report:
+    """Looks at every device of this machine and tests every backend on it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [*(torch.device("cuda", n) for n in range(count)), torch.device("cpu")]
+    found = {"python": platform.python_version(), **versions("cuda").model_dump()}
+    return Report(
+        versions=found,
+        devices=tuple(_device(device, backends, seconds) for device in devices),
+        problems=tuple(_problems(count)),
+    )
+
+
+def _problems(gpus: int) -> list[tuple[str, str]]:
+    driver = driver_version()
+    if gpus or driver is None:
+        return []
+    if torch.version.cuda is None:
+        return [
+            (
+                f"torch {torch.__version__} is built without CUDA, and there is an NVIDIA driver "
+                f"({driver})",
+                "pip install --force-reinstall torch",
+            )
+        ]
+    return [
+        (
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU, and there is an "
+            f"NVIDIA driver ({driver})",
+            'nvidia-smi && echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"',
+        )
+    ]
+
+
+def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -> DeviceReport:
+    identity = identify(device)
+    found = profiles.found_for(device)
+    remarks = list(found.passed_over)
+    if identity is not None and found.profile.versions is not None:
+        differences = found.profile.versions.differences(versions(identity.kind))
+        remarks += [f"measured with {phrase}: smartattn calibrate" for phrase in differences]
+    memory = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    start = time.perf_counter()
+    tested = _test(device, backends, seconds)
+    return DeviceReport(
+        device=str(device),
+        name=str(identity or device),
+        memory=memory,
+        profile=found.profile.name,
+        profile_source=found.source,
+        profile_path=None if found.path is None else str(found.path),
+        remarks=tuple(remarks),
+        backends=tested,
+        seconds=time.perf_counter() - start,
+    )
+
+
+# -- the self-test -------------------------------------------------------------------------------
+
+
+def cases(kind: str) -> list[Workload]:
+    """Small calls of all kinds, the commonest ones first."""
+    dtypes = ("bfloat16", "float32", "float16") if kind == "cuda" else ("float32", "bfloat16")
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    made = []
+    for dtype in dtypes:
+        common = {"dtype": dtype, **sizes}
+        forward = {"mode": "forward", **common}
+        made += [
+            _case(causal=True, side="left", batch=3, length=65, padding_share=0.4, **forward),
+            _case(causal=False, side="right", batch=3, length=50, padding_share=0.4, **forward),
+            _case(causal=True, side="none", batch=2, length=128, **forward),
+            _case(causal=True, side="packed", batch=1, length=96, sequences=3, **forward),
+            _case(causal=True, side="right", batch=2, length=80, padding_share=0.3, **forward),
+            _case(causal=True, side="none", batch=2, length=96, window=16, **forward),
+            _case(causal=True, side="left", batch=3, length=70, padding_share=0.4, mode="decode",
+                  **common),
+            _case(causal=True, side="left", batch=2, length=48, padding_share=0.4, mode="train",
+                  **common),
+            _case(causal=False, side="right", batch=2, length=48, padding_share=0.4, mode="train",
+                  **common),
+        ]  # fmt: skip
+    return made
+
+
+def _case(*, mode: Any, length: int, **fields: Any) -> Workload:
+    return Workload(mode=mode, q_len=1 if mode == "decode" else length, kv_len=length, **fields)
+
+
+@dataclass
+class _Tally:
+    passed: int = 0
+    tried: int = 0
+    worst: float = 0.0
+    wrong: str | None = None
+    failed: str | None = None
+    refused: tuple[str, ...] = ()
+
+
+def _test(
+    device: torch.device, backends: Sequence[Backend], seconds: float
+) -> tuple[BackendReport, ...]:
+    tallies = {backend.name: _Tally() for backend in backends}
+    end = time.perf_counter() + seconds
+    for workload in cases(device.type):
+        late = time.perf_counter() > end
+        # Time is up: only what has not had a turn yet.
+        due = [
+            b
+            for b in backends
+            if not b.last_resort and not (late and tallies[b.name].tried) and not b.unavailable()
+        ]
+        if due:
+            _try(workload, device, due, tallies)
+    return tuple(_verdict(backend, tallies[backend.name], device) for backend in backends)
+
+
+def _try(
+    workload: Workload,
+    device: torch.device,
+    backends: Sequence[Backend],
+    tallies: dict[str, _Tally],
+) -> None:
+    plan, call = workload.plan(device), workload.call(device)
+    able = []
+    for backend in backends:
+        refusals = backend.refusals(plan, call)
+        tally = tallies[backend.name]
+        tally.refused = tally.refused or tuple(refusals)
+        if not refusals:
+            able.append(backend)
+    if not able:
+        return
+    tensors = workload.tensors(device)
+    references = expected(workload, tensors)
+    for backend in able:
+        tally = tallies[backend.name]
+        tally.tried += 1
+        try:
+            result = runner(backend, plan, call, tensors)()
+            error = error_of(workload, *result, references)
+        except Exception as problem:
+            # A broken build may raise anything; the others are still to be tested.
+            message = " ".join(str(problem).split())[:200]
+            tally.failed = tally.failed or f"{type(problem).__name__}: {message}, for {workload}"
+            continue
+        allowed = backend.support.tolerances[workload.torch_dtype]
+        tally.worst = max(tally.worst, error / allowed)
+        if error <= allowed:
+            tally.passed += 1
+        else:
+            tally.wrong = tally.wrong or (
+                f"wrong output: relative error {error:.3g}, allowed is {allowed:.3g}, "
+                f"for {workload}"
+            )
+
+
+def _verdict(backend: Backend, tally: _Tally, device: torch.device) -> BackendReport:
+    counts: dict[str, Any] = {"passed": tally.passed, "tried": tally.tried, "worst": tally.worst}
+    if backend.last_resort:
+        why = ("runs the models' own code, where all others refuse",)
+        return BackendReport(backend.name, "untested", problems=why, **counts)
+    problems = tuple(text for text in (tally.wrong, tally.failed) if text)
+    if problems:
+        health: Health = "wrong" if tally.wrong else "fails"
+        return BackendReport(backend.name, health, problems=problems, fix=_fix(backend), **counts)
+    if tally.tried:
+        return BackendReport(backend.name, "works", **counts)
+    unavailable = backend.unavailable()
+    reasons = (unavailable,) if unavailable else tally.refused
+    devices = backend.support.devices
+    if devices is not None and device.type not in devices:
+        # No command would help here.
+        reasons = (f"runs on {' or '.join(sorted(devices))} only", *reasons[: bool(unavailable)])
+        return BackendReport(backend.name, "unusable", problems=reasons, **counts)
+    return BackendReport(backend.name, "unusable", problems=reasons, fix=backend.remedy(), **counts)
+
+
+def _fix(backend: Backend) -> str:
+    return (
+        backend.remedy()
+        or f"keep it out: smartattn.configure(backends=[...]) without {backend.name}"
+    )

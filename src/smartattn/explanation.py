@@ -1,0 +1,371 @@
+"""Why: what would be chosen for a call of given sizes, what every backend says of it, and where the
+choice changes. Nothing runs, so that the profile of a GPU can be asked without that GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .backends import BACKENDS
+from .call import Call
+from .choose import Decision, UnsupportedCallError, choose
+from .control import PadOutput, settings_for
+from .cost import Mode
+from .machine import versions
+from .plan import Plan
+from .profile import Profile
+from .target import Target, target_of
+from .workload import WORDS, Side, Workload, as_padded
+
+#: Most tokens of a batch, and of any other size, that are explained.
+MAX_TOKENS = 1 << 26
+MAX_SIZE = 1 << 24
+#: The lengths between which a change of the choice is looked for, and the steps per octave.
+_SHORTEST, _LONGEST, _STEPS = 16, 1 << 17, 2
+
+Status = Literal["chosen", "slower", "unmeasured", "set aside", "refuses"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One backend. ``predicted_us`` is None where its profile holds no measurement."""
+
+    backend: str
+    #: "slower" and "unmeasured" backends could run the call; "set aside" ones too, but are not
+    #: considered, for the reason given; "refuses": cannot run it exactly.
+    status: Status
+    predicted_us: float | None
+    #: All reasons why it cannot run the call, or why it is set aside.
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The backend that is chosen from a sequence length (in tokens) on, all else being equal."""
+
+    from_seq_len: int
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would be chosen for a call, and why."""
+
+    workload: Workload
+    pad_output: PadOutput
+    #: The device in words, and what is assumed of it because it is not this machine's.
+    device: str
+    assumption: str | None
+    #: Name, source and file of the profile, and what differs from what it was measured with.
+    profile: str
+    profile_source: str
+    profile_path: str | None
+    version_differences: tuple[str, ...]
+    #: None if no backend that is allowed can run the call; ``reason`` then has all refusals.
+    backend: str | None
+    reason: str
+    #: Best first; those that cannot run it last.
+    options: tuple[Option, ...]
+    #: The choice by sequence length; a single entry means that it never changes.
+    winners: tuple[Winner, ...]
+
+    @property
+    def crossovers(self) -> str:
+        """``winners`` as a phrase."""
+        first, *others = self.winners or (Winner(0, "none"),)
+        if not others:
+            return f"{first.backend} at every length"
+        return f"{first.backend}, " + ", ".join(
+            f"from {winner.from_seq_len:,} tokens {winner.backend}" for winner in others
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON. Times in microseconds, lengths in tokens."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(backend, predicted time, remark) per option."""
+        best = next((o.predicted_us for o in self.options if o.status == "chosen"), None)
+        return [(o.backend, format_us(o.predicted_us), _remark(o, best)) for o in self.options]
+
+    def lines(self) -> list[str]:
+        """What is said beside the table."""
+        path = f", {self.profile_path}" if self.profile_path else ""
+        lines = [f"profile: {self.profile} ({self.profile_source}{path})"]
+        if self.version_differences:
+            lines.append(f"measured with {', '.join(self.version_differences)}")
+        if self.assumption:
+            lines.append(f"assumed: {self.assumption}")
+        lines.append(f"chosen:  {self.backend or 'nothing'}: {self.reason}")
+        if self.winners:
+            lines.append(f"by length, all else equal: {self.crossovers}")
+        return lines
+
+    def __str__(self) -> str:
+        table = [("backend", "predicted", "remark"), *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(2)]
+        body = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c}" for a, b, c in table]
+        return "\n".join([f"{self.workload}, on {self.device}", *body, *self.lines()])
+
+
+def explain(
+    *,
+    batch: int = 1,
+    seq_len: int,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    causal: bool = False,
+    padding: float = 0.0,
+    side: Literal["left", "right"] | None = None,
+    window: int | None = None,
+    packed: int | None = None,
+    grad: bool = False,
+    decode: bool = False,
+    dtype: torch.dtype | str | None = None,
+    pad_output: PadOutput | None = None,
+    backends: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Explanation:
+    """What ``"smart"`` would choose for one attention call, and why.
+
+    Args:
+        batch, seq_len: shape of the batch in tokens, padding included; when decoding ``seq_len``
+            counts the keys, the token that is generated included.
+        heads, kv_heads, head_dim: of the model; ``kv_heads`` None stands for ``heads``.
+        causal: a token sees nothing after it; implied by ``decode``.
+        padding: share of the tokens that are padding, 0 to below 1. Lengths are drawn at random.
+        side: where the padding lies; None is left when decoding, otherwise right.
+        window: keys that a token sees on its left (causal, itself included) or on each side.
+        packed: number of sequences that lie behind each other in a single row.
+        grad: forward and backward instead of the forward alone.
+        decode: one query per sequence.
+        dtype: of the tensors; None is bfloat16 on a GPU and float32 on a CPU.
+        pad_output, backends: as in :func:`smartattn.use`; None is what is in force here.
+        device: "cpu", "cuda", "cuda:N", or the name of a device that a profile was measured on,
+            such as "NVIDIA H200". None is the GPU if there is one.
+
+    Raises:
+        ValueError: sizes that cannot be, an unknown dtype or device; one line.
+    """
+    target = target_of(device)
+    if dtype is None:
+        dtype = "bfloat16" if target.device.type == "cuda" else "float32"
+    mode: Mode = "train" if grad else "decode" if decode else "forward"
+    if grad and decode:
+        raise ValueError("a gradient and decoding exclude each other")
+    place: Side = "none"
+    if packed is not None:
+        if padding or decode or batch != 1:
+            raise ValueError("packed sequences lie in a batch of 1, without padding or decoding")
+        place = "packed"
+    elif padding:
+        place = side or ("left" if decode else "right")
+    workload = Workload(
+        mode=mode,
+        causal=causal or decode,
+        side=place,
+        dtype=_dtype_name(dtype),
+        batch=batch,
+        q_len=1 if decode else seq_len,
+        kv_len=seq_len,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        sequences=packed or 0,
+        window=window or 0,
+        padding_share=padding,
+    )
+    _check(workload)
+    settings = settings_for(None)
+    keep = pad_output or settings.pad_output or "zeros"
+    allowed = tuple(backends) if backends is not None else settings.backends
+    return _explained(workload, target, keep, allowed)
+
+
+# -- the answer ----------------------------------------------------------------------------------
+
+
+def _explained(
+    workload: Workload, target: Target, keep: PadOutput, allowed: tuple[str, ...] | None
+) -> Explanation:
+    profile = target.found.profile
+    plan, call = _request(workload, target, keep)
+    decision: Decision | None = None
+    try:
+        decision = choose(plan, call, profile, BACKENDS, allowed, ask=target.ask)
+        reason = decision.reason
+    except UnsupportedCallError as error:
+        reason = str(error)
+    differences: Sequence[str] = ()
+    if target.here and target.identity is not None and profile.versions is not None:
+        differences = profile.versions.differences(versions(target.identity.kind))
+    path = target.found.path
+    return Explanation(
+        workload=workload,
+        pad_output=keep,
+        device=str(target.identity or target.device),
+        assumption=None
+        if target.here
+        else "this machine has no such device: every package is there, with the profile's versions",
+        profile=profile.name,
+        profile_source=target.found.source,
+        profile_path=None if path is None else _shown(path),
+        version_differences=tuple(differences),
+        backend=decision.backend.name if decision else None,
+        reason=reason,
+        options=_options(plan, call, profile, target, allowed, decision),
+        winners=_winners(workload, target, keep, allowed) if decision else (),
+    )
+
+
+def _request(workload: Workload, target: Target, keep: PadOutput) -> tuple[Plan, Call]:
+    workload = as_padded(workload)
+    call = workload.call(target.device)
+    call = replace(call, keep_padding_output=keep == "sdpa", has_eager=True)
+    return workload.plan(target.device), call
+
+
+def _options(
+    plan: Plan,
+    call: Call,
+    profile: Profile,
+    target: Target,
+    allowed: tuple[str, ...] | None,
+    decision: Decision | None,
+) -> tuple[Option, ...]:
+    options = []
+    for backend in BACKENDS:
+        refusals = target.ask(backend, plan, call)
+        predicted = None if refusals else profile.predict(backend.name, plan, call)
+        status: Status
+        reasons = tuple(refusals)
+        if decision is not None and backend.name == decision.backend.name:
+            status = "chosen"
+        elif refusals:
+            status = "refuses"
+        elif allowed is not None and backend.name not in allowed:
+            status, reasons = "set aside", ("not among the backends that are allowed",)
+        elif backend.last_resort:
+            status, reasons = "set aside", ("only where all others refuse",)
+        elif plan.is_packed and backend.uses_dense_mask(plan, call):
+            size = f"{call.q_len:,} x {call.kv_len:,}"
+            status, reasons = "set aside", (f"would need a mask of {size} for packed sequences",)
+        else:
+            status = "unmeasured" if predicted is None else "slower"
+        options.append(Option(backend.name, status, predicted, reasons))
+    order: list[Status] = ["chosen", "slower", "unmeasured", "set aside", "refuses"]
+    return tuple(sorted(options, key=lambda o: (order.index(o.status), o.predicted_us or 0.0)))
+
+
+def _winners(
+    workload: Workload, target: Target, keep: PadOutput, allowed: tuple[str, ...] | None
+) -> tuple[Winner, ...]:
+    """The choice at growing lengths. A change is narrowed down to a few tokens."""
+    shortest = max(_SHORTEST, 2 * workload.sequences)
+    if workload.batch * shortest > MAX_TOKENS:
+        return ()
+
+    def chosen(length: int) -> str:
+        q_len = 1 if workload.mode == "decode" else length
+        other = replace(workload, kv_len=length, q_len=q_len)
+        plan, call = _request(other, target, keep)
+        try:
+            profile = target.found.profile
+            return choose(plan, call, profile, BACKENDS, allowed, ask=target.ask).backend.name
+        except UnsupportedCallError:
+            return "none"
+
+    lengths = [shortest]
+    longest = min(_LONGEST, MAX_TOKENS // 8 // workload.batch)
+    while (following := round(lengths[-1] * 2 ** (1 / _STEPS))) <= longest:
+        lengths.append(following)
+    return tuple(_changes(chosen, lengths))
+
+
+def _changes(chosen: Callable[[int], str], lengths: list[int]) -> list[Winner]:
+    winners = [Winner(0, chosen(lengths[0]))]
+    for low, high in itertools.pairwise(lengths):
+        after = chosen(high)
+        if after == winners[-1].backend:
+            continue
+        # Lengths are drawn at random, so finer steps would be noise.
+        while high - low > max(1, high // 64):
+            middle = (low + high) // 2
+            low, high = (low, middle) if chosen(middle) == after else (middle, high)
+        winners.append(Winner(high, after))
+    return winners
+
+
+# -- checking and printing -----------------------------------------------------------------------
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(
+        name, name
+    )
+    if name not in WORDS["dtype"]:
+        raise ValueError(f"dtype is one of {', '.join(WORDS['dtype'])}, given {name}")
+    return name
+
+
+def _check(workload: Workload) -> None:
+    sizes = {
+        "batch": workload.batch,
+        "seq_len": workload.kv_len,
+        "heads": workload.heads,
+        "kv_heads": workload.kv_heads,
+        "head_dim": workload.head_dim,
+    }
+    for name, size in sizes.items():
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"{name} is 1 to {MAX_SIZE}, given {size}")
+    if workload.batch * workload.kv_len > MAX_TOKENS:
+        raise ValueError(f"a batch has at most {MAX_TOKENS} tokens")
+    if workload.heads % workload.kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, given {workload.kv_heads}")
+    if not 0 <= workload.padding_share < 1:
+        raise ValueError(f"padding is a share from 0 to below 1, given {workload.padding_share}")
+    if workload.side == "packed" and not 1 <= workload.sequences <= workload.kv_len:
+        raise ValueError(f"packed is 1 to seq_len sequences, given {workload.sequences}")
+    if workload.window < 0:
+        raise ValueError(f"window is at least 1, given {workload.window}")
+
+
+def format_us(microseconds: float | None) -> str:
+    """A time with three digits and its unit; "-" for None."""
+    if microseconds is None:
+        return "-"
+    scales = ((1e3, 1.0, "us"), (1e6, 1e-3, "ms"))
+    factor, unit = next(((f, u) for limit, f, u in scales if microseconds < limit), (1e-6, "s"))
+    value = microseconds * factor
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
+def _remark(option: Option, best: float | None) -> str:
+    if option.status == "slower" and best and option.predicted_us is not None:
+        ratio = option.predicted_us / best
+        return f"{ratio:.2f} times as long" if ratio >= 1 else "predicted faster, not chosen"
+    if option.status == "unmeasured":
+        return "could run it; not measured"
+    if option.status in ("refuses", "set aside"):
+        return f"{option.status}: {'; '.join(option.reasons)}"
+    return option.status
+
+
+def _shown(path: Path) -> str:
+    home = str(Path.home())
+    text = str(path)
+    return text.replace(home, "~", 1) if len(home) > 1 and text.startswith(home + "/") else text

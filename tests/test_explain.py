@@ -1,0 +1,266 @@
+"""``smartattn.explain`` and the command: what it says is what a model gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import smartattn
+from smartattn import cli, explanation, machine, profile, workload
+from smartattn.explanation import explain
+
+from .agreement import MASKS, WIDTH, run
+from .tiny_models import tiny_model, token_ids
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+COMMAND = ["explain", "--heads", "32", "--kv-heads", "8", "--head-dim", "128", "--causal"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "profiles")
+    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    profile.set_profile(None)
+    yield
+    profile.set_profile(None)
+
+
+def cost(backend: str, **coefficients: float) -> dict[str, Any]:
+    return {
+        "backend": backend,
+        "mode": "forward",
+        "layout": "padded",
+        "causal": True,
+        "dtype": "float32",
+        "head_dim": 64,
+        "host_us": {},
+        "device_us": coefficients,
+        "longest_kv_len": 4096,
+        "samples": 10,
+        "median_error": 0.1,
+    }
+
+
+@pytest.fixture
+def crossing(tmp_path: Path) -> profile.Profile:
+    """A profile of this CPU: sdpa costs pairs, sdpa_unpadded 1,000 us whatever the length."""
+    identity = machine.identify(CPU)
+    assert identity is not None
+    made = profile.Profile.model_validate_json(
+        json.dumps(
+            {
+                "name": "crossing",
+                "device": identity.model_dump(),
+                "costs": [
+                    cost("sdpa", dense_pairs=1.0, call=10.0),
+                    cost("sdpa_unpadded", call=1000.0),
+                ],
+            }
+        )
+    )
+    profile.save(made, tmp_path / "crossing.json")
+    profile.set_profile(tmp_path / "crossing.json")
+    return made
+
+
+PADDED = {"batch": 1, "heads": 1, "head_dim": 64, "causal": True, "padding": 0.5, "side": "left"}
+
+
+@pytest.mark.usefixtures("crossing")
+def test_the_fastest_prediction_comes_first_and_the_crossover_is_found() -> None:
+    short = explain(seq_len=100, device="cpu", **PADDED)  # type: ignore[arg-type]
+    assert short.backend == "sdpa"
+    assert [(o.backend, o.status, o.predicted_us) for o in short.options[:2]] == [
+        ("sdpa", "chosen", pytest.approx(10 + 0.01)),
+        ("sdpa_unpadded", "slower", pytest.approx(1000.0)),
+    ]
+    long = explain(seq_len=40_000, device="cpu", **PADDED)  # type: ignore[arg-type]
+    assert [o.backend for o in long.options[:2]] == ["sdpa_unpadded", "sdpa"]
+    # 10 + length² / 10⁶ = 1000 at 31,464 tokens; a change is found to within a 64th.
+    for answer in (short, long):
+        first, second = answer.winners
+        assert (first.backend, first.from_seq_len) == ("sdpa", 0)
+        assert second.backend == "sdpa_unpadded"
+        assert second.from_seq_len == pytest.approx(31_464, rel=1 / 64)
+    assert "crossing" in short.reason
+    assert short.assumption is None
+
+
+def test_refusals_are_all_there() -> None:
+    answer = explain(seq_len=64, device="cpu", dtype="float32", causal=True, **SIZES)
+    refused = {o.backend: o.reasons for o in answer.options if o.status == "refuses"}
+    assert "runs on cuda, given cpu" in refused["torch_varlen"]
+    assert "takes bfloat16 or float16, given float32" in refused["torch_varlen"]
+    assert "no padding to remove" in refused["sdpa_unpadded"]
+    (eager,) = [o for o in answer.options if o.backend == "eager"]
+    assert eager.status == "set aside"
+
+
+def test_a_rule_is_quoted() -> None:
+    answer = explain(seq_len=64, padding=0.5, device="cpu", causal=True, **SIZES)
+    assert "36585" in answer.reason
+    assert answer.options[0].predicted_us is None
+
+
+def test_packed_sequences_set_the_dense_mask_aside() -> None:
+    answer = explain(seq_len=4096, packed=16, device="cpu", causal=True, **SIZES)
+    assert answer.backend == "sdpa_unpadded"
+    (sdpa,) = [o for o in answer.options if o.backend == "sdpa"]
+    assert sdpa.status == "set aside"
+    assert "4,096 x 4,096" in sdpa.reasons[0]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "nvidia-h200", "nvidia h200"])
+def test_a_gpu_that_is_not_here(name: str) -> None:
+    answer = explain(batch=8, seq_len=2048, padding=0.4, causal=True, device=name, **SIZES)
+    assert answer.workload.dtype == "bfloat16"
+    assert answer.profile == "nvidia-h200"
+    assert answer.assumption is not None
+    status = {o.backend: o.status for o in answer.options}
+    assert status["flash_attention_2"] in ("chosen", "slower")
+    assert status["torch_varlen"] in ("chosen", "slower")
+    timed = [o.predicted_us for o in answer.options if o.status in ("chosen", "slower")]
+    assert timed == sorted(timed, key=lambda us: us or 0)
+    # float32 is refused there too: what is assumed is the machine, not what kernels take.
+    exact = explain(seq_len=64, padding=0.4, dtype="fp32", device=name, **SIZES)
+    refused = {o.backend: o.reasons for o in exact.options if o.status == "refuses"}
+    assert refused["flash_attention_2"] == ("takes bfloat16 or float16, given float32",)
+
+
+def test_an_old_gpu_refuses_by_its_own_capability(tmp_path: Path) -> None:
+    old = {"name": "old", "device": {"kind": "cuda", "name": "NVIDIA T4", "capability": "7.5"}}
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "nvidia-t4.json").write_text(json.dumps(old))
+    answer = explain(seq_len=64, padding=0.4, device="NVIDIA T4", **SIZES)
+    refused = {o.backend: o.reasons for o in answer.options if o.status == "refuses"}
+    assert refused["torch_varlen"] == ("needs compute capability 8.0, the device has 7.5",)
+    assert answer.profile == "old"
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_it_says_what_a_model_gets(padding: str) -> None:
+    """The same reason as in a trace of a real forward of those sizes."""
+    model = tiny_model("llama")
+    with smartattn.trace() as trace:
+        run(model, "smart", input_ids=token_ids(3, WIDTH), attention_mask=MASKS[padding])
+    (row,) = trace.rows
+    answer = explain(
+        batch=3,
+        seq_len=WIDTH,
+        heads=row.heads,
+        kv_heads=row.kv_heads,
+        head_dim=row.head_dim,
+        causal=True,
+        padding=row.facts["padding_share"],
+        side=padding,  # type: ignore[arg-type]
+        dtype=row.dtype,
+        device="cpu",
+    )
+    assert (answer.backend, answer.reason) == (row.backend, row.reason)
+    refused = {o.backend: o.reasons for o in answer.options if o.status == "refuses"}
+    # Llama's own code has an eager function, tiny or not.
+    assert refused == row.refused
+
+
+def test_the_block_around_it_counts() -> None:
+    request = {"seq_len": 64, "padding": 0.5, "causal": True, "device": "cpu", **SIZES}
+    with smartattn.use(backends="sdpa_unpadded"):
+        assert explain(**request).backend == "sdpa_unpadded"
+        with smartattn.use(pad_output="sdpa"):
+            nothing = explain(**request)
+    assert nothing.backend is None
+    assert "padding positions of the output are to be kept" in nothing.reason
+    assert nothing.winners == ()
+    assert explain(**request, pad_output="sdpa").backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"padding": 1.0}, "share"),
+        ({"padding": -0.1}, "share"),
+        ({"padding": float("nan")}, "share"),
+        ({"kv_heads": 5}, "multiple"),
+        ({"batch": 0}, "batch"),
+        ({"batch": 1 << 20, "seq_len": 1 << 20}, "tokens"),
+        ({"dtype": "int3"}, "bfloat16"),
+        ({"device": "mars"}, "NVIDIA H200"),
+        ({"device": "meta"}, "cuda:N"),
+        ({"grad": True, "decode": True}, "exclude"),
+        ({"packed": 2, "padding": 0.2}, "packed"),
+        ({"packed": 99}, "packed"),
+    ],
+)
+def test_sizes_that_cannot_be(change: dict[str, Any], says: str) -> None:
+    request = {"seq_len": 64, "device": "cpu", **SIZES, **change}
+    with pytest.raises(ValueError, match=says):
+        explain(**request)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_those_measured_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*COMMAND, "--seq-len", "64", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "NVIDIA H200" in error
+
+
+@pytest.mark.parametrize("more", [[], ["--decode"], ["--grad"], ["--window", "32"]])
+def test_the_command_prints_a_table_or_json(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*COMMAND, "--batch", "8", "--seq-len", "2048", "--padding", "0.4", *more]
+    arguments += ["--device", "nvidia-h200"]
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert cli.run([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for option in answer["options"]:
+        assert option["backend"] in out
+    assert answer["backend"] == answer["options"][0]["backend"]
+    assert f"chosen:  {answer['backend']}" in out
+    assert "shipped" in out
+    assert answer["workload"]["mode"] == {"--decode": "decode", "--grad": "train"}.get(
+        "".join(more), "forward"
+    )
+
+
+def test_a_device_of_this_machine_by_its_name(crossing: profile.Profile) -> None:
+    profile.save_for_user(crossing)
+    answer = explain(seq_len=64, device=str(crossing.device), **SIZES)
+    assert answer.assumption is None
+    # Its own backends are asked: no flash-attn for a CPU.
+    assert {o.status for o in answer.options if o.backend == "torch_varlen"} == {"refuses"}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.5, 0.8])
+def test_the_padding_is_what_was_asked_for(batch: int, share: float) -> None:
+    made = workload.as_padded(
+        workload.Workload(
+            "forward", True, "left", "float32", batch, 512, 512, 4, 4, 64, padding_share=share
+        )
+    )
+    # A row is always full, and two rows of one length are not both.
+    possible = min(share, (batch - 1) / batch) if batch > 1 else share
+    assert made.plan(CPU).padding_share == pytest.approx(possible, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("us", "text"),
+    [(None, "-"), (3.14159, "3.14 us"), (474.2, "474 us"), (13847.0, "13.8 ms"), (2.5e6, "2.50 s")],
+)
+def test_times_have_three_digits(us: float | None, text: str) -> None:
+    assert explanation.format_us(us) == text
+
+
+def test_it_prints_as_text() -> None:
+    text = str(explain(seq_len=64, device="cpu", **SIZES))
+    assert "sdpa" in text
+    assert "profile: default" in text

@@ -1,0 +1,249 @@
+"""``smartattn verify`` and ``smartattn bench`` on small models from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import smartattn
+from smartattn import bench, cli, models, verify
+from smartattn.backends.sdpa import SdpaBackend
+from smartattn.call import Call, Runner
+from smartattn.plan import Plan
+
+from . import real_models
+from .tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Any:
+    def save(name: str) -> Path:
+        path = tmp_path / name
+        tiny_model(name).save_pretrained(path)
+        return path
+
+    return save
+
+
+def wrong_at(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Smart gets another output from SDPA."""
+    right = SdpaBackend.bind
+
+    def bind(self: Any, plan: Plan, call: Call) -> Runner:
+        run = right(self, plan, call)
+
+        def altered(q: Any, k: Any, v: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
+            return change(run(q, k, v, arguments), plan)
+
+        return altered
+
+    monkeypatch.setattr(SdpaBackend, "bind", bind)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gemma3"])
+def test_verify_agrees_per_layer(name: str, folder: Any, capsys: Any) -> None:
+    arguments = ["verify", str(folder(name)), "--batch", "3", "--seq-len", "20", "--per-layer"]
+    assert cli.run([*arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "smart agrees with eager" in out
+    assert "layer 1" in out
+    assert "flash_attention_2 did not run: runs on cuda, the model is on cpu" in out
+    assert cli.run([*arguments, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agrees"] is True
+    assert found["real_tokens"] + found["padding_tokens"] == 60
+    assert found["padding_tokens"] > 0
+    by_name = {entry["implementation"]: entry for entry in found["comparisons"]}
+    # The embeddings, two layers, and the output.
+    assert [layer["index"] for layer in by_name["smart"]["layers"]] == [0, 1, 2, None]
+    assert by_name["smart"]["layers"][0]["real"]["largest"] == 0.0
+    assert by_name["smart"]["layers"][0]["real"]["scale"] > 0.0
+
+
+def test_verify_tells_real_from_padding(folder: Any) -> None:
+    """Where tokens are packed the output at padding positions is another, and only there."""
+    model = models.load(str(folder("bert")), None, CPU)
+    batches = models.batches(model, models.Shape(3, 20, 0.5))
+    with smartattn.use(backends="sdpa_unpadded"):
+        found = verify.verify(model, batches)
+    assert found.agrees
+    smart = found.comparisons[-1].output
+    assert smart is not None
+    assert smart.padding is not None
+    assert smart.real.relative < 1e-5
+    assert smart.padding.relative > 1e-2
+    assert 0 < smart.padding.mean < smart.padding.largest
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda out, plan: out * 1.1, "differs by"),
+        (lambda out, plan: out * float("nan"), "not finite"),
+    ],
+)
+def test_verify_finds_a_wrong_backend(
+    change: Any, says: str, folder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    wrong_at(monkeypatch, change)
+    arguments = ["verify", str(folder("llama")), "--device", "cpu", "--seq-len", "16"]
+    assert cli.run(arguments) == 1
+    out = capsys.readouterr().out
+    assert "does not agree" in out
+    assert says in out
+
+
+def test_verify_without_padding(folder: Any, capsys: Any) -> None:
+    arguments = ["verify", str(folder("llama")), "--device", "cpu", "--padding", "0"]
+    assert cli.run(arguments) == 0
+    assert "no padding" in capsys.readouterr().out
+
+
+def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> None:
+    arguments = ["bench", str(folder("llama")), "--batch", "2", "--seq-len", "16", "--rounds", "3"]
+    arguments += ["--device", "cpu"]
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    for name in models.IMPLEMENTATIONS:
+        assert name in out
+    assert "smart chose sdpa" in out
+    assert "here" in out.splitlines()[-1]
+    assert cli.run([*arguments, "--json", "--new-tokens", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 6
+    rows = {row["implementation"]: row for row in found["rows"]}
+    assert rows["smart"]["equal_tokens"] == 1.0
+    assert len(rows["smart"]["seconds"]) == 3
+    assert rows["smart"]["tokens_per_second"] == pytest.approx(6 / rows["smart"]["median"])
+
+
+def test_bench_shows_a_difference(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.load(str(folder("llama")), None, CPU)
+    batches = models.batches(model, models.Shape(2, 16))
+    wrong_at(monkeypatch, lambda out, plan: out * 1.1)
+    found = bench.bench(model, batches, rounds=1)
+    difference = {row.implementation: row.difference for row in found.rows}
+    assert difference["eager"] == 0.0
+    assert difference["sdpa"] is not None
+    assert difference["sdpa"] < 1e-5
+    assert difference["smart"] is not None
+    assert difference["smart"] > 1e-3
+
+
+def made(**seconds: list[float]) -> bench.Benchmark:
+    rows = tuple(bench.Row(name, times) for name, times in seconds.items())
+    return bench.Benchmark(rows, "cpu", "float32", 10, 10, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "does not pay"),
+        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "attn_implementation='sdpa'"),
+        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[0.5] * 3), "pays here: 2.00 times"),
+        (made(sdpa=[1.0] * 3, smart=[1.01] * 3), "no difference"),
+        # Within the spread of the rounds.
+        (made(sdpa=[1.0, 1.4, 1.8], smart=[1.2, 1.3, 1.4]), "no difference"),
+        (made(smart=[1.0]), "only smart ran"),
+        (made(sdpa=[1.0]), "did not run"),
+    ],
+)
+def test_the_verdict_is_plain(found: bench.Benchmark, says: str) -> None:
+    assert says in found.verdict
+
+
+def test_an_implementation_that_fails_does_not_end_the_others(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.load(str(folder("llama")), None, CPU)
+    batches = models.batches(model, models.Shape(2, 16))
+    right = models.forward
+
+    def fails(model: Any, batch: Any, **options: Any) -> Any:
+        if model.config._attn_implementation == "sdpa":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return right(model, batch, **options)
+
+    monkeypatch.setattr(bench, "forward", fails)
+    monkeypatch.setattr(verify, "forward", fails)
+    rows = {row.implementation: row for row in bench.bench(model, batches, rounds=1).rows}
+    assert rows["sdpa"].error == "OutOfMemoryError: CUDA out of memory. Tried"
+    assert rows["smart"].seconds
+    found = verify.verify(model, batches)
+    assert found.agrees
+    assert found.comparisons[0].error == "OutOfMemoryError: CUDA out of memory. Tried"
+
+
+def test_prompts_are_tokenized_and_padded(
+    folder: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "a", "b", "c"]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    path = folder("llama")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[EOS]", unk_token="[UNK]"
+    ).save_pretrained(path)
+    (tmp_path / "prompts").write_text("a b c a\n\nb\nc c\n")
+    model = models.load(str(path), None, CPU)
+    tokens = models.load_tokenizer(str(path), None, model)
+    shape = models.Shape(batch=2, prompts=tmp_path / "prompts")
+    first, second = models.batches(model, shape, tokens)
+    assert first.real.tolist() == [[True] * 4, [False, False, False, True]], "padded on the left"
+    assert second.inputs["input_ids"].tolist() == [[6, 6]]
+    assert cli.run(["verify", str(path), "--prompts", str(tmp_path / "prompts")]) == 0
+    assert "7 real and 5 padding tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["verify", "{tmp}/none"], "cannot be loaded"),
+        (["verify", "{tmp}/none.gguf"], "there is no file"),
+        (["verify", "{tmp}", "--gguf-file", "none"], "there is no file"),
+        (["verify", "{tmp}"], "cannot be loaded"),
+        (["verify", "{llama}", "--device", "mars"], "cuda:N"),
+        (["verify", "{llama}", "--dtype", "int8"], "bfloat16"),
+        (["verify", "{llama}", "--padding", "1"], "padding"),
+        (["verify", "{llama}", "--seq-len", "999"], "the model takes 128 tokens"),
+        (["verify", "{llama}", "--prompts", "{tmp}/none"], "tokenizer"),
+        (["bench", "{bert}", "--new-tokens", "3"], "does not generate"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], says: str, folder: Any, tmp_path: Path, capsys: Any
+) -> None:
+    paths = {name: str(folder(name)) for name in ("llama", "bert") if f"{{{name}}}" in arguments}
+    given = [argument.format(tmp=tmp_path, **paths) for argument in arguments]
+    assert cli.run(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert says in error
+
+
+@pytest.mark.skipif(real_models.missing() is not None, reason=real_models.missing() or "")
+def test_a_real_model_from_its_folder(capsys: Any) -> None:
+    from local_models import find_minilm
+
+    arguments = [str(find_minilm()), "--device", "cpu", "--batch", "3", "--seq-len", "24"]
+    assert cli.run(["verify", *arguments]) == 0
+    assert "smart agrees with eager" in capsys.readouterr().out
+    assert cli.run(["bench", *arguments, "--rounds", "1"]) == 0
+    assert "smart chose" in capsys.readouterr().out
