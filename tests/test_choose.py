@@ -277,14 +277,14 @@ def test_an_objective_and_a_memory_layout_are_choices_of_their_own() -> None:
 
 
 def test_what_use_may_be_given() -> None:
-    assert SETTINGS.get().objective == LATENCY
+    assert SETTINGS.get().objective is None
     with use(objective="memory"):
         assert SETTINGS.get().objective == Objective("memory", MEMORY_SLOWDOWN)
         with use(objective="accuracy", max_slowdown=3):
             assert SETTINGS.get().objective == Objective("accuracy", 3)
         with use(backends="sdpa"):
             assert SETTINGS.get().objective.goal == "memory"
-    assert SETTINGS.get().objective == LATENCY
+    assert SETTINGS.get().objective is None
     for wrong, says in (
         ({"objective": "beauty"}, "one of"),
         ({"max_slowdown": 2.0}, "bounds the objectives"),

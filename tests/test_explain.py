@@ -87,7 +87,7 @@ def test_the_fastest_prediction_comes_first_and_the_crossover_is_found() -> None
         first, second = answer.winners
         assert (first.backend, first.from_seq_len) == ("sdpa", 0)
         assert second.backend == "sdpa_unpadded"
-        assert second.from_seq_len == pytest.approx(31_464, rel=1 / 64)
+        assert second.from_seq_len == pytest.approx(31_937, rel=1 / 64)
     assert "crossing" in short.reason
     assert short.assumption is None
 

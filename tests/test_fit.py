@@ -155,7 +155,7 @@ def test_head_dims_share_what_they_have_in_common() -> None:
             found = predictor.predict(backend, wide.plan(CUDA), wide.call(CUDA))
             assert found is not None
             errors.append(abs(found / (2 * true_us(backend, workload)) - 1))
-    assert np.median(errors) < 0.1
+    assert np.median(errors) < 0.15
 
 
 def test_host_time_counts_where_the_device_is_faster() -> None:

@@ -20,7 +20,7 @@ from .workload import Workload
 #: Parts that the samples are cut into for predicting each from the others.
 _FOLDS = 5
 #: How many samples the coefficients of all regimes of a group together count as, for those of one.
-_PRIOR_SAMPLES = 2.0
+_PRIOR_SAMPLES = 10.0
 #: First calls that take less than this longer allocate and look up; they do not build kernels.
 _BUILDING_US = 5_000.0
 #: Largest log error that one left-out sample counts for.
@@ -259,7 +259,8 @@ class _Group:
             peak_bytes=_named(memory * per_dim),
             error=float(f"{np.median(errors):.3g}"),
             build_us=_build_us(table.samples),
-            longest_kv_len=max(sample.workload.kv_len for sample in table.samples),
+            # The coefficients come from all of the group's samples, and so does their reach.
+            longest_kv_len=max(sample.workload.kv_len for sample in self.samples),
             samples=len(table.samples),
             median_error=round(float(np.median(np.abs(predicted - measured) / measured)), 4),
         )
