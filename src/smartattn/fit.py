@@ -258,7 +258,7 @@ class _Group:
             prepare_us=_named(prepare * per_dim),
             peak_bytes=_named(memory * per_dim),
             error=float(f"{np.median(errors):.3g}"),
-            build_us=_build_us(table.samples),
+            build_us=_build_us(self.samples),
             # The coefficients come from all of the group's samples, and so does their reach.
             longest_kv_len=max(sample.workload.kv_len for sample in self.samples),
             samples=len(table.samples),
