@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import gc
 import json
+import random
 import statistics
 import sys
 import time
@@ -27,6 +28,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 import smartattn
 
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "smart")
+#: Calls of each implementation before the rounds.
+WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Result:
     """Milliseconds per call (median and interquartile range) and agreement per implementation."""
 
     workload: str
+    #: The very first call in this process, which builds and loads what the later ones find.
+    first_ms: dict[str, float] = field(default_factory=dict)
     median_ms: dict[str, float] = field(default_factory=dict)
     spread_ms: dict[str, float] = field(default_factory=dict)
     #: Largest |difference from sdpa| / largest |sdpa|, at real tokens.
@@ -85,6 +90,7 @@ def workloads() -> Iterator[Workload]:
         yield Workload("llama-1b", "train", batch, length, padding)
     yield Workload("llama-1b", "train-packed", 1, 16384, 0.0, sequences=16)
     yield Workload("bert-large", "stream", 200, 2048, 0.0)
+    yield Workload("bert-large", "stream-again", 200, 2048, 0.0)
 
 
 def tiny_workloads() -> Iterator[Workload]:
@@ -95,6 +101,7 @@ def tiny_workloads() -> Iterator[Workload]:
     yield Workload("tiny-llama", "train", 2, 32, 0.5)
     yield Workload("tiny-llama", "train-packed", 1, 64, 0.0, sequences=4)
     yield Workload("tiny-bert", "stream", 6, 64, 0.0)
+    yield Workload("tiny-bert", "stream-again", 6, 64, 0.0)
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -175,9 +182,11 @@ def padded_batch(workload: Workload, vocabulary: int, device: torch.device) -> d
     return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
 
 
-def stream(workload: Workload, vocabulary: int, device: torch.device) -> list[dict[str, Any]]:
+def stream(
+    workload: Workload, vocabulary: int, device: torch.device, seed: int
+) -> list[dict[str, Any]]:
     """Batches whose sizes and lengths have the long tail of real traffic."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(workload.batch):
         size = int(2 ** torch.randint(0, 7, (1,), generator=generator))
@@ -190,32 +199,40 @@ def stream(workload: Workload, vocabulary: int, device: torch.device) -> list[di
     return batches
 
 
-def task(workload: Workload, model: Any, device: torch.device) -> tuple[Callable[[], Any], Any]:
-    """(what to time, mask of real positions or None); the call returns the output to compare."""
-    vocabulary = model.config.vocab_size
-    if workload.task == "stream":
-        batches = stream(workload, vocabulary, device)
+def task(
+    workload: Workload, model: Any, device: torch.device, rounds: int
+) -> tuple[Callable[[int], Any], Any]:
+    """(what to time, mask of real positions or None).
 
-        def run_stream() -> Any:
+    What to time takes the number of the round and returns the output to compare. Every round of
+    "stream" brings batches that no round before had, as traffic does; "stream-again" repeats one.
+    """
+    vocabulary = model.config.vocab_size
+    if workload.task.startswith("stream"):
+        fresh = rounds if workload.task == "stream" else 1
+        streams = [stream(workload, vocabulary, device, 2 + number) for number in range(fresh)]
+
+        def run_stream(number: int) -> Any:
             with torch.no_grad():
-                for batch in batches:
+                for batch in streams[number % fresh]:
                     hidden = model(**batch).last_hidden_state
             return hidden
 
-        return run_stream, batches[-1]["attention_mask"].bool()
+        return run_stream, streams[0][-1]["attention_mask"].bool()
     if workload.task == "train-packed":
         size = workload.length // workload.sequences
         ids = torch.randint(5, vocabulary, (1, workload.length), device=device)
         positions = torch.arange(workload.length, device=device)[None] % size
-        return lambda: _train(model, {"input_ids": ids, "position_ids": positions}, ids), None
+        inputs = {"input_ids": ids, "position_ids": positions}
+        return lambda _: _train(model, inputs, ids), None
     batch = padded_batch(workload, vocabulary, device)
     real = batch["attention_mask"].bool()
     if workload.task == "train":
         labels = batch["input_ids"].masked_fill(~real, -100)
-        return lambda: _train(model, batch, labels), None
+        return lambda _: _train(model, batch, labels), None
     if workload.task == "generate":
 
-        def generate() -> Any:
+        def generate(_: int) -> Any:
             with torch.no_grad():
                 return model.generate(
                     **batch,
@@ -227,7 +244,7 @@ def task(workload: Workload, model: Any, device: torch.device) -> tuple[Callable
 
         return generate, None
 
-    def forward() -> Any:
+    def forward(_: int) -> Any:
         with torch.no_grad():
             # The base model: the head's logits would be most of the memory and little of the time.
             return getattr(model, "model", model)(**batch).last_hidden_state
@@ -247,17 +264,20 @@ def measure(
 ) -> Result:
     """Interleaved rounds of all implementations on one workload."""
     result = Result(workload.name)
-    run, real = task(workload, model, device)
+    # Round 0 is for the output and the first call alone.
+    run, real = task(workload, model, device, rounds + 1)
     times: dict[str, list[float]] = {}
     reference = None
     for name in IMPLEMENTATIONS:
         try:
             model.set_attn_implementation(name)
             with smartattn.trace() as trace:
-                run()  # first calls compile, allocate and load
+                result.first_ms[name] = _timed(run, 0, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            output = run()
+            output = run(0)
+            for _ in range(WARM_UP):
+                run(0)
             if device.type == "cuda":
                 result.peak_mib[name] = torch.cuda.max_memory_allocated() / 2**20
         except (ImportError, ValueError, torch.cuda.OutOfMemoryError) as error:
@@ -274,18 +294,13 @@ def measure(
             result.difference[name] = float((values - reference).abs().max() / scale)
         del output, values
     end = time.perf_counter() + seconds
-    order = list(times)
+    order, shuffle = list(times), random.Random(0)
     for number in range(rounds):
+        # Whoever comes first or after another must not always be the same.
+        shuffle.shuffle(order)
         for name in order:
             model.set_attn_implementation(name)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-        order.append(order.pop(0))
+            times[name].append(_timed(run, number + 1, device))
         if number >= 2 and time.perf_counter() > end:
             break
     for name, values_ms in times.items():
@@ -293,6 +308,17 @@ def measure(
         quartiles = statistics.quantiles(values_ms, n=4) if len(values_ms) > 2 else [0.0, 0.0, 0.0]
         result.spread_ms[name] = quartiles[2] - quartiles[0]
     return result
+
+
+def _timed(run: Callable[[int], Any], number: int, device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
 
 
 def ratio(result: Result) -> float | None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import masking_utils
 
-from smartattn.backends import Backend
+from smartattn.backends import Backend, flash_attention_3
 from smartattn.call import Call
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
@@ -27,6 +27,7 @@ from smartattn.plan import Pattern, Plan
 Rows = np.ndarray[Any, np.dtype[np.bool_]]
 
 CHUNK = 6
+CUDA = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ class Situation:
     @functools.cached_property
     def has_holes(self) -> bool:
         return bool((np.diff(self.real.astype(int), prepend=0, axis=1) == 1).sum(1).max() > 1)
+
+    @functools.cached_property
+    def ends_at_the_query(self) -> bool:
+        """One query per row, which stands at the last real key of its row."""
+        ends = self.real[:, -1] | ~self.real.any(1)
+        begins_late = self.real.any(1) & ~self.real[:, 0]
+        return self.causal and self.q_len == 1 and bool(ends.all() and begins_late.any())
 
     @functools.cached_property
     def window_hides(self) -> bool:
@@ -483,13 +491,24 @@ def takes(backend: Backend, case: Case) -> bool:
         return False
     if backend.name == "sdpa":
         return True
+    if backend.name == "flash_attention_3" and support.devices is not None:
+        # The real one, of which there are builds without these.
+        if case.dtype is torch.float16 and not flash_attention_3.has("float16", CUDA):
+            return False
+        if s.window_hides and not flash_attention_3.has("window", CUDA):
+            return False
     if s.given or s.overlay:
         return False
     if s.window_hides:
         if not s.causal and s.q_len != s.kv_len:
             return False
-        if s.has_holes or (s.is_padded and (s.cross or s.q_len == 1)):
+        packs_queries = not s.cross and (s.q_len > 1 or s.packed is not None)
+        if s.has_holes or (s.is_padded and not packs_queries and not s.ends_at_the_query):
             return False
-    if backend.name in ("torch_varlen", "sdpa_unpadded") and not (s.is_padded or s.packed):
-        return False
+    if not (s.is_padded or s.packed):
+        if backend.name == "sdpa_unpadded":
+            return False
+        # varlen_attn has no dense call, and the operator under it no known backward.
+        if backend.name == "torch_varlen" and case.grad:
+            return False
     return not (backend.name == "sdpa_unpadded" and s.has_holes)

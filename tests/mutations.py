@@ -288,8 +288,29 @@ MUTATIONS = (
     Mutation(
         "the slowest prediction wins",
         "choose.py",
-        "predicted, backend = min(costs",
-        "predicted, backend = max(costs",
+        "shortest = min(estimate",
+        "shortest = max(estimate",
+        CHOOSE,
+    ),
+    Mutation(
+        "predictions that are as good as equal count as different",
+        "choose.py",
+        "if estimate.us <= shortest * (1 + TIE)",
+        "if estimate.us <= shortest",
+        CHOOSE,
+    ),
+    Mutation(
+        "an objective forgets how slow its choice may be",
+        "choose.py",
+        "if estimate.us <= bound",
+        "if estimate.us <= math.inf",
+        CHOOSE,
+    ),
+    Mutation(
+        "keys in a cache share their choice with keys that lie by token",
+        "choose.py",
+        "        call.token_major_keys,\n",
+        "",
         CHOOSE,
     ),
     Mutation(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from smartattn.backends import Backend, Support
+from smartattn.backends.flash import Route, bind_dense, bind_varlen, flash_window, route
 from smartattn.call import Call, Runner
-from smartattn.packing import bind_packed, varlen_refusals
-from smartattn.plan import Plan, VarlenLayout
+from smartattn.layouts import VarlenLayout
+from smartattn.packing import varlen_refusals
+from smartattn.plan import Plan
 
 
 def attention(
@@ -123,6 +125,7 @@ def varlen_attention(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    used_k: torch.Tensor | None = None,
     *,
     scale: float | None,
     window: tuple[int, int] = (-1, -1),
@@ -137,26 +140,33 @@ def varlen_attention(
         q: (total_q, heads, head_dim).
         k, v: (total_k, kv_heads, head_dim or value_head_dim).
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32.
+        used_k: (sequences,) int32, how many of a sequence's keys count, the first ones.
     """
+    lengths_k = cu_seqlens_k.diff()
+    if used_k is None:
+        used_k = lengths_k
+    assert used_k.dtype == torch.int32
+    assert bool(((used_k >= 0) & (used_k <= lengths_k)).all())
     for name, states, bounds, longest in (
         ("query", q, cu_seqlens_q, max_seqlen_q),
         ("key", k, cu_seqlens_k, max_seqlen_k),
         ("value", v, cu_seqlens_k, max_seqlen_k),
     ):
+        assert states.ndim == 3, name
         assert bounds.dtype == torch.int32, name
         lengths = bounds.diff()
         assert int(bounds[0]) == 0, name
         assert bool((lengths >= 0).all()), name
         # A kernel reads out of bounds without this one, and leaves out tokens without the next.
         assert int(bounds[-1]) == states.shape[0], name
-        assert int(lengths.max()) <= longest, name
+        assert int((lengths if name == "query" else used_k).max()) <= longest, name
     assert len(cu_seqlens_q) == len(cu_seqlens_k)
     # FlashAttention-2 takes a longest query of 1 for exactly one query in every sequence.
     assert max_seqlen_q > 1 or bool((cu_seqlens_q.diff() == 1).all())
     pieces = []
     spans_q, spans_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(spans_q) - 1):
-        queries, keys = slice(*spans_q[i : i + 2]), slice(*spans_k[i : i + 2])
+    for i, used in enumerate(used_k.tolist()):
+        queries, keys = slice(*spans_q[i : i + 2]), slice(spans_k[i], spans_k[i] + used)
         pieces.append(
             dense_attention(
                 q[None, queries],
@@ -200,22 +210,85 @@ def dense_attention(
     return output.to(q.dtype)
 
 
+def bounded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    *,
+    scale: float | None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """What a kernel for caches computes: each row sees its keys ``start[i] : end[i]`` alone.
+
+    Args:
+        q: (batch, q_len, heads, head_dim).
+        k, v: (batch, kv_len, kv_heads, head_dim or value_head_dim).
+        start, end: (batch,) int32; the last query stands at the key before ``end``.
+    """
+    assert start.dtype == end.dtype == torch.int32
+    assert bool(((start >= 0) & (start <= end) & (end <= k.shape[1])).all())
+    bounds = zip(start.tolist(), end.tolist(), strict=True)
+    rows = [
+        dense_attention(
+            q[i : i + 1],
+            k[i : i + 1, first:last],
+            v[i : i + 1, first:last],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        for i, (first, last) in enumerate(bounds)
+    ]
+    return torch.cat(rows)
+
+
 class VarlenReference(Backend):
-    """Packs like the real variable-length backends and computes exactly, on every device."""
+    """Reads batches like the real flash backends and computes exactly, on every device.
+
+    Args:
+        how: the way it reads where that is exact and there is a choice; packed otherwise.
+    """
 
     name = "varlen_reference"
     support = Support(mixed_head_dims=True)
+
+    def __init__(self, how: Route = Route.PACKED) -> None:
+        self.how = how
+        self.label = f"varlen_reference-{how.name.lower()}"
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         return varlen_refusals(plan, call)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        left = right = -1
-        if plan.window is not None:
-            left = plan.window - 1 if plan.is_causal else plan.window
-            right = -1 if plan.is_causal else plan.window
+        window = flash_window(plan)
         if plan.is_causal:
-            right = 0
+            window = (window[0], 0)
+        how = route(
+            plan,
+            call,
+            key_bounds=self.how is Route.KEY_BOUNDS,
+            in_place=self.how is Route.IN_PLACE,
+        )
+        if how is Route.DENSE:
+            return bind_dense(
+                lambda q, k, v: dense_attention(q, k, v, scale=call.scaling, window=window),
+                plan,
+                call,
+            )
+        if how is Route.KEY_BOUNDS:
+            bounds = plan.key_bounds()
+            return lambda query, key, value, _: bounded_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                bounds.start,
+                bounds.end,
+                scale=call.scaling,
+                window=window,
+            )
 
         def kernel(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -228,8 +301,9 @@ class VarlenReference(Backend):
                 layout.cu_seqlens_k,
                 layout.max_seqlen_q,
                 layout.max_seqlen_k,
+                layout.used_k,
                 scale=call.scaling,
-                window=(left, right),
+                window=window,
             )
 
-        return bind_packed(kernel, plan, call)
+        return bind_varlen(kernel, how, plan, call)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,11 +24,14 @@ from smartattn.backends import (
     base,
     eager,
     flash_attention_2,
+    flash_attention_3,
     sdpa,
     sdpa_unpadded,
     torch_varlen,
 )
 from smartattn.backends.base import DEFAULT_TOLERANCES, Support
+from smartattn.backends.flash import Route
+from smartattn.call import Call, Runner
 from smartattn.plan import Pattern, Plan
 
 from . import gpu_results
@@ -36,6 +40,7 @@ from .reference import (
     VarlenReference,
     assert_close,
     attention,
+    bounded_attention,
     dense_attention,
     varlen_attention,
 )
@@ -49,44 +54,153 @@ N = 33
 
 
 class FlashStandIn(flash_attention_2.FlashAttention2Backend):
+    """Through the public functions of the package."""
+
+    label = "flash_attention_2"
     support = replace(flash_attention_2.FlashAttention2Backend.support, devices=None, dtypes=None)
+    thin = False
+
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        extension = SimpleNamespace(fwd=_fwd, varlen_fwd=_varlen_fwd, fwd_kvcache=_fwd_kvcache)
+        chosen = extension if self.thin else None
+        with mock.patch.object(flash_attention_2, "_extension", return_value=chosen):
+            return super().bind(plan, call)
+
+
+class ThinFlashStandIn(FlashStandIn):
+    """Through the compiled functions under it."""
+
+    label = "flash_attention_2-thin"
+    thin = True
+
+
+class Flash3StandIn(flash_attention_3.FlashAttention3Backend):
+    label = "flash_attention_3"
+    support = replace(flash_attention_3.FlashAttention3Backend.support, devices=None, dtypes=None)
+
+    def further_refusals(self, plan: Plan, call: Call) -> list[str]:
+        return [r for r in super().further_refusals(plan, call) if not r.startswith("this build")]
 
 
 class TorchVarlenStandIn(torch_varlen.TorchVarlenBackend):
+    """Through varlen_attn with a gradient, through the operator under it without."""
+
+    label = "torch_varlen"
     support = replace(torch_varlen.TorchVarlenBackend.support, devices=None, dtypes=None)
 
 
 def _check_flash_arguments(*states: torch.Tensor) -> None:
     assert len({x.shape[-1] for x in states}) == 1
+    assert all(x.stride(-1) == 1 for x in states)
 
 
 def _flash_attn_func(
     q: Any, k: Any, v: Any, *, softmax_scale: Any, causal: bool, window_size: Any, softcap: float,
     dropout_p: float, deterministic: bool,
 ) -> torch.Tensor:  # fmt: skip
-    _check_flash_arguments(q, k, v)
     window = (window_size[0], 0 if causal else window_size[1])
     return dense_attention(q, k, v, scale=softmax_scale, window=window, softcap=softcap)
+
+
+def _fwd(
+    q: Any, k: Any, v: Any, out: None, alibi: None, dropout: float, scale: float, causal: bool,
+    left: int, right: int, softcap: float, softmax: bool, generator: None,
+) -> list[torch.Tensor]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (left, 0 if causal else right)
+    return [dense_attention(q, k, v, scale=scale, window=window, softcap=softcap)]
 
 
 def _flash_attn_varlen_func(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: Any,
     causal: bool, window_size: Any, softcap: float, dropout_p: float, deterministic: bool,
 ) -> torch.Tensor:  # fmt: skip
-    _check_flash_arguments(q, k, v)
     window = (window_size[0], 0 if causal else window_size[1])
     return varlen_attention(
         q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window=window, softcap=softcap
     )
 
 
+def _varlen_fwd(
+    q: Any, k: Any, v: Any, out: None, cu_q: Any, cu_k: Any, used_k: Any, leftpad: None,
+    table: None, alibi: None, max_q: int, max_k: int, dropout: float, scale: float, zero: bool,
+    causal: bool, left: int, right: int, softcap: float, softmax: bool, generator: None,
+) -> list[torch.Tensor]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (left, 0 if causal else right)
+    return [
+        varlen_attention(
+            q, k, v, cu_q, cu_k, max_q, max_k, used_k, scale=scale, window=window, softcap=softcap
+        )
+    ]
+
+
+def _flash_attn_with_kvcache(
+    q: Any, k: Any, v: Any, *, cache_seqlens: Any, cache_leftpad: Any, softmax_scale: Any,
+    causal: bool, window_size: Any, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    window = (window_size[0], 0 if causal else window_size[1])
+    return bounded_attention(
+        q, k, v, cache_leftpad, cache_seqlens, scale=softmax_scale, window=window, softcap=softcap
+    )
+
+
+def _fwd_kvcache(
+    q: Any, k: Any, v: Any, new_k: None, new_v: None, end: Any, cos: None, sin: None,
+    index: None, start: Any, table: None, alibi: None, out: None, scale: float, causal: bool,
+    left: int, right: int, softcap: float, interleaved: bool, splits: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (left, 0 if causal else right)
+    return [bounded_attention(q, k, v, start, end, scale=scale, window=window, softcap=softcap)]
+
+
 def _varlen_attn(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, scale: Any,
     window_size: Any, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    _check_flash_arguments(q, k, v)
     assert enable_gqa or q.shape[1] == k.shape[1]
     return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window=window_size)
+
+
+def _flash_attention_forward(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, dropout: float,
+    causal: bool, debug: bool, *, scale: Any, window_size_left: int, window_size_right: int,
+    seqused_k: Any = None,
+) -> list[torch.Tensor]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    window = (window_size_left, 0 if causal else window_size_right)
+    if cu_q is None:
+        assert (max_q, max_k) == (q.shape[1], k.shape[1])
+        return [dense_attention(q, k, v, scale=scale, window=window)]
+    return [
+        varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, seqused_k, scale=scale, window=window)
+    ]
+
+
+def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
+    given = dict(zip(flash_attention_3._ARGUMENTS, arguments, strict=True))
+    options = {name: given.pop(name) for name in ("softmax_scale", "softcap")}
+    q, k, v = (given.pop(name) for name in "qkv")
+    _check_flash_arguments(q, k, v)
+    left, right = given.pop("window_size_left"), given.pop("window_size_right")
+    right = 0 if given.pop("is_causal") else right
+    cu_q, cu_k = given.pop("cu_seqlens_q"), given.pop("cu_seqlens_k")
+    max_q, max_k = given.pop("max_seqlen_q"), given.pop("max_seqlen_k")
+    used_k, start = given.pop("seqused_k"), given.pop("leftpad_k")
+    assert given.pop("num_splits") in (0, 1)
+    assert all(value in (None, 0, False) for value in given.values())
+    settings = {
+        "scale": options["softmax_scale"],
+        "softcap": options["softcap"],
+        "window": (left, right),
+    }
+    if cu_q is not None:
+        assert start is None
+        return [varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, used_k, **settings)]
+    if start is not None:
+        return [bounded_attention(q, k, v, start, used_k, **settings)]
+    return [dense_attention(q, k, v, **settings)]
 
 
 @pytest.fixture
@@ -95,19 +209,29 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         __version__="2.0",
         flash_attn_func=_flash_attn_func,
         flash_attn_varlen_func=_flash_attn_varlen_func,
+        flash_attn_with_kvcache=_flash_attn_with_kvcache,
     )
     monkeypatch.setattr(flash_attention_2, "_package", lambda: (package, None))
     monkeypatch.setattr(flash_attention_2, "_has_dropout", lambda device: True)
+    monkeypatch.setattr(flash_attention_3, "_operator", lambda: (_fa3_fwd, None))
+    monkeypatch.setattr(flash_attention_3, "has", lambda feature, device: True)
     monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: (_varlen_attn, {"enable_gqa"}, None))
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: _flash_attention_forward)
 
 
 ON_CPU: tuple[Backend, ...] = (
     sdpa.SdpaBackend(),
     sdpa_unpadded.SdpaUnpaddedBackend(),
-    VarlenReference(),
+    *(VarlenReference(how) for how in Route if how is not Route.DENSE),
     FlashStandIn(),
+    ThinFlashStandIn(),
+    Flash3StandIn(),
     TorchVarlenStandIn(),
 )
+
+
+def _label(backend: Backend) -> str:
+    return getattr(backend, "label", backend.name)
 
 
 # -- one case --------------------------------------------------------------------------------------
@@ -133,6 +257,13 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> dict[str, fl
     tolerance = backend.support.tolerances[case.dtype]
     found = {"output": assert_close(output, expected, tolerance, counts, "output").largest}
     if case.grad:
+        # Without a gradient there are other ways to read the same batch.
+        with torch.no_grad():
+            again, without = s.plan(device, case.dtype), replace(call, grad=False)
+            inference = backend.run(again, without, query, key, value, arguments)
+        assert bool(inference.isfinite().all()), "not finite at a padding position"
+        error = assert_close(inference, expected.detach(), tolerance, counts, "inference")
+        found["inference"] = error.largest
         generator = torch.Generator(device).manual_seed(1)
         weights = torch.randn(output.shape, generator=generator, device=device).to(case.dtype)
         weights = weights * counts[:, :, None, None]
@@ -157,7 +288,7 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> dict[str, fl
 
 def _parameters(backends: tuple[Backend, ...], generate: Any) -> list[Any]:
     return [
-        pytest.param(backend, case, id=f"{backend.name}-{case.id}")
+        pytest.param(backend, case, id=f"{_label(backend)}-{case.id}")
         for backend in backends
         for case in generate(backend)
         if takes(backend, case)
@@ -187,14 +318,14 @@ def test_matches_float64_at_the_limits_of_its_declarations(backend: Backend, cas
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU, ids=_label)
 def test_refuses_exactly_what_it_cannot_run(backend: Backend) -> None:
     taken = refused = 0
     for case in [*_cpu_cases(), *_cpu_shape_cases(backend)]:
         reasons = backend.refusals(case.situation.plan(CPU, case.dtype), case.call(CPU))
         assert (reasons == []) == takes(backend, case), (case.id, reasons)
         taken, refused = taken + (not reasons), refused + bool(reasons)
-    assert taken > 200
+    assert taken > (200 if backend.support.backward else 100)
     assert refused > (50 if backend.name != "sdpa" else 10)
 
 
@@ -217,7 +348,7 @@ def _core(name: str, n: int = N) -> Situation:
 @pytest.mark.parametrize(
     "name", ["causal-left", "bidirectional-holes", "decode-left", "causal-both"]
 )
-@pytest.mark.parametrize("backend", ON_CPU[2:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[2:], ids=_label)
 def test_nan_in_padding_stays_there(backend: Backend, name: str) -> None:
     """Backends that pack never read padding, whatever it holds (trap 1)."""
     case = Case(_core(name), 4, 2, 16, 16, "tokens first", torch.float32, True)
@@ -250,7 +381,7 @@ def test_sdpa_keeps_the_output_at_padding_on_request(padding: str, causal: bool)
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=_label)
 def test_backends_that_skip_padding_refuse_to_keep_its_output(backend: Backend) -> None:
     for name in ("causal-right", "causal-left", "bidirectional-right"):
         case = Case(_core(name), 4, 2, 16, 16, "tokens first", torch.float32, False)
@@ -275,7 +406,7 @@ def test_sdpa_is_finite_without_any_real_token(causal: bool, grad: bool) -> None
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=_label)
 def test_padding_positions_are_zeros_where_tokens_were_packed(backend: Backend) -> None:
     case = Case(_core("causal-left"), 4, 2, 16, 16, "tokens first", torch.float32, False)
     s = case.situation
@@ -286,7 +417,7 @@ def test_padding_positions_are_zeros_where_tokens_were_packed(backend: Backend) 
     assert float(output[~padding].abs().min(0).values.max()) > 0.0
 
 
-@pytest.mark.parametrize("backend", ON_CPU[:2], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[:2], ids=_label)
 def test_dropout_keeps_the_mean(backend: Backend) -> None:
     case = Case(_core("causal-left"), 4, 2, 16, 16, "tokens first", torch.float32, False)
     s = case.situation
@@ -315,7 +446,7 @@ def test_sdpa_takes_mixed_dtypes_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=_label)
 @pytest.mark.parametrize("q_len", [1, 9])
 def test_rows_of_equal_length_may_lie_scattered(backend: Backend, q_len: int) -> None:
     """Rows 0 and 2 alike, and 1, 3 and 4, with heads that sdpa cannot group."""
@@ -378,6 +509,7 @@ REAL = (
     sdpa.SdpaBackend(),
     sdpa_unpadded.SdpaUnpaddedBackend(),
     flash_attention_2.FlashAttention2Backend(),
+    flash_attention_3.FlashAttention3Backend(),
     torch_varlen.TorchVarlenBackend(),
 )
 
@@ -410,9 +542,8 @@ def test_declared_refusal(backend: Backend, change: dict[str, Any], sentence: st
     dtype = torch.float16 if backend.name == "restricted" else torch.bfloat16
     fine = CASE.call(torch.device("cuda"), dtype=dtype)
     if backend.support.min_capability is not None:
-        backend = type(
-            "Capable", (type(backend),), {"support": replace(backend.support, min_capability=None)}
-        )()
+        support = replace(backend.support, min_capability=None, max_capability=None)
+        backend = type("Capable", (type(backend),), {"support": support})()
     assert backend.refusals(plan, fine) == []
     assert backend.refusals(plan, replace(fine, **change)) == [sentence]
 
@@ -421,11 +552,18 @@ def test_declared_refusal(backend: Backend, change: dict[str, Any], sentence: st
 @pytest.mark.parametrize("backend", REAL[2:], ids=lambda backend: backend.name)
 def test_older_cards_are_refused(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, call = PADDED.plan(CPU, CASE.dtype), CASE.call(torch.device("cuda"))
-    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
-        monkeypatch.setattr(base, "_capability", lambda device, found=capability: found)
-        reasons = backend.refusals(plan, call)
-        wanted = "needs compute capability 8.0, the device has {}.{}".format(*capability)
-        assert reasons == ([wanted] if refused else [])
+    lowest, highest = backend.support.min_capability, backend.support.max_capability
+    for given in ((7, 5), (8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(base, "_capability", lambda device, found=given: found)
+        wanted = []
+        if given < lowest:
+            wanted = [
+                "needs compute capability {}.{}, the device has {}.{}".format(*lowest, *given)
+            ]
+        if highest is not None and given > highest:
+            needed = "needs compute capability at most {}.{}, the device has {}.{}"
+            wanted = [needed.format(*highest, *given)]
+        assert backend.refusals(plan, call) == wanted
 
 
 def _plan(**facts: Any) -> Plan:
@@ -462,7 +600,7 @@ FURTHER = {
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=_label)
 @pytest.mark.parametrize("sentence", FURTHER)
 def test_what_cannot_be_packed_is_refused(backend: Backend, sentence: str) -> None:
     facts, change = FURTHER[sentence]
@@ -475,7 +613,7 @@ def test_what_cannot_be_packed_is_refused(backend: Backend, sentence: str) -> No
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[1:], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", ON_CPU[1:], ids=_label)
 def test_a_call_of_another_shape_than_the_plan_is_refused(backend: Backend) -> None:
     plan = _plan(padding="left")
     call = CASE.call(CPU, batch=2, q_len=8, kv_len=8, dtype=torch.float32)
@@ -487,11 +625,12 @@ def test_a_call_of_another_shape_than_the_plan_is_refused(backend: Backend) -> N
 
 @pytest.mark.usefixtures("stand_in_kernels")
 def test_refusals_of_single_backends() -> None:
-    unpadded, flash, varlen = ON_CPU[1], ON_CPU[3], ON_CPU[4]
+    unpadded, flash, varlen = ON_CPU[1], FlashStandIn(), TorchVarlenStandIn()
     call = CASE.call(CPU, batch=2, q_len=8, kv_len=8, dtype=torch.float32)
     plain, left, holes = _plan(), _plan(padding="left"), _plan(padding="holes")
-    for backend in (unpadded, varlen):
-        assert backend.refusals(plain, call) == ["no padding to remove"]
+    assert unpadded.refusals(plain, call) == ["no padding to remove"]
+    assert varlen.refusals(plain, call) == []
+    assert varlen.refusals(plain, replace(call, grad=True)) == ["no padding to remove"]
     reasons = unpadded.refusals(holes, call)
     assert "real tokens must be contiguous, and the mask has holes" in reasons
     training = replace(call, grad=True, deterministic=True)
@@ -633,6 +772,31 @@ def test_refuses_exactly_what_it_cannot_run_on_a_gpu(backend: Backend) -> None:
     plan = PADDED.plan(CUDA, torch.float32)
     call = replace(full, situation=PADDED, head_dim=64, value_head_dim=64).call(CUDA)
     assert (backend.refusals(plan, call) == []) == takes_full_precision
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "name", ["causal-left", "bidirectional-right", "bidirectional-holes", "decode-left"]
+)
+@pytest.mark.parametrize("backend", REAL[2:], ids=_label)
+def test_nan_in_padding_stays_there_on_a_gpu(backend: Backend, name: str) -> None:
+    """Kernels that read the padded tensors in place must not read what is padding (trap 1)."""
+    if (reason := backend.unavailable()) is not None:
+        pytest.skip(reason)
+    for layout in ("tokens first", "heads first"):
+        case = Case(_core(name, 97), 8, 2, 64, 64, layout, torch.bfloat16, False)
+        s = case.situation
+        query, key, value = case.tensors(CUDA)
+        padding = torch.from_numpy(~s.real).to(CUDA)
+        own = padding[:, None, s.shift : s.shift + s.q_len, None]
+        padding = padding[:, None, :, None]
+        plan, call = s.plan(CUDA, case.dtype), case.call(CUDA)
+        clean = backend.run(plan, call, query, key, value, {})
+        for poison in (torch.nan, torch.inf):
+            states = key.masked_fill(padding, poison), value.masked_fill(padding, poison)
+            poisoned = backend.run(plan, call, query.masked_fill(own, poison), *states, {})
+            assert torch.equal(poisoned, clean)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from smartattn import __version__, calibrate, cli, grid, machine, profile, samples
+from smartattn import __version__, calibrate, cli, grid, machine, parallel, profile, samples
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
 
 CPU = torch.device("cpu")
@@ -64,6 +64,16 @@ QUICK = ["calibrate", "--device", "cpu", "--quick", "--budget"]
         (["fit", "{tmp}/text"], "safetensors"),
         (["show", "--profile", "{tmp}/missing.json"], "No such file"),
         (["show", "--profile", "{tmp}/text"], "not valid JSON"),
+        (["profiles", "show", "nothing"], "profiles list"),
+        (["profiles", "show", "../nvidia-h200"], "profiles list"),
+        (["profiles", "export", "nothing", "{tmp}/p.json"], "profiles list"),
+        (["profiles", "export", "nvidia-h200"], "export --help"),
+        (["profiles", "export", "nvidia-h200", "{tmp}/text"], "--force"),
+        (["profiles", "export", "nvidia-h200", "/proc/p.json"], "cannot write"),
+        (["profiles", "import", "{tmp}/missing.json"], "No such file"),
+        (["profiles", "import", "{tmp}/text"], "not valid JSON"),
+        (["profiles", "remove", "nothing"], "profiles list"),
+        (["profiles", "remove", "nvidia-h200"], "your own"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -248,6 +258,84 @@ def test_too_few_samples_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     samples.save(tmp_path / "raw", header, [])
     assert cli.run(["fit", str(tmp_path / "raw")]) == 2
     assert "too few samples" in capsys.readouterr().err
+
+
+def test_several_gpus_are_reported_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fake_gpus(monkeypatch, ["H200", "A100", "L4"])
+    made = profile.Profile(
+        name="p",
+        device=machine.Device(kind="cuda", name="H200", capability="9.0"),
+        date="2026-01-01",
+        run=profile.Run(mode="quick", seconds=1.0, samples=3, seed=0),
+    )
+    doubt = "the device's clock fell by 30%"
+    good = Outcome(made, tmp_path / "p.json", tmp_path / "raw", 3, slow=2, complaints=(doubt,))
+    seen: list[Request] = []
+
+    def all_at_once(requests: list[Request], waiting: Any) -> Any:
+        seen.extend(requests)
+        yield requests[1], CalibrationError("no room")
+        yield requests[0], good
+        yield requests[2], good
+
+    monkeypatch.setattr(parallel, "calibrate_all", all_at_once)
+    assert cli.run(["calibrate", "--quick", "--cold"]) == 2
+    captured = capsys.readouterr()
+    assert [str(request.device) for request in seen] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert all(request.cold and request.mode == "quick" for request in seen)
+    assert captured.out.count("3 samples") == 2
+    assert "The device's clock fell by 30%." in captured.out
+    assert "2 runs were left out" in captured.out
+    assert captured.err == "smartattn: cuda:1: no room\n"
+
+
+def test_a_profile_moves_from_machine_to_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    assert cli.run(["profiles", "export", "nvidia-h200", str(sent)]) == 0
+    assert profile.load(sent / "nvidia-h200.json") == shipped
+    mine = shipped.model_copy(update={"name": "mine"})
+    profile.save(mine, sent / "mine.json")
+    assert cli.run(["profiles", "import", str(sent / "mine.json")]) == 0
+    out = capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert "no NVIDIA H200: the profile is kept, not used" in out
+    # It is found for that device from now on, before the shipped one.
+    assert shipped.device is not None
+    assert profile.find(shipped.device).profile == mine
+    assert cli.run(["profiles", "import", str(sent / "mine.json")]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.run(["profiles", "import", str(sent / "nvidia-h200.json"), "--force"]) == 0
+    assert profile.find(shipped.device).profile == shipped
+    assert cli.run(["profiles", "show", "nvidia-h200", "--map"]) == 0
+    assert "times as fast as the next one" in capsys.readouterr().out
+    assert cli.run(["profiles", "remove", "nvidia-h200"]) == 0
+    assert not list(profile.user_profiles().glob("*.json"))
+    assert profile.find(shipped.device).profile == shipped
+
+
+def test_a_profile_of_no_device_is_not_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    default = profile.shipped_profiles() / "default.json"
+    assert cli.run(["profiles", "import", str(default)]) == 2
+    assert "names no device" in capsys.readouterr().err
+
+
+def test_show_draws_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = str(profile.shipped_profiles() / "nvidia-h200.json")
+    assert cli.run(["show", "--profile", shipped, "--map"]) == 0
+    assert "decode, one query per sequence" in capsys.readouterr().out
+    assert cli.run(["show", "--plot", str(tmp_path / "map.png")]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert cli.run(["show", "--profile", shipped, "--plot", str(tmp_path / "map.png")]) == 0
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    assert cli.run(["show", "--profile", shipped, "--plot", str(tmp_path / "no" / "map.png")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.timing

@@ -13,17 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartattn import grid
-from smartattn.cost import FEATURES, Predictor, features, regime_of
-from smartattn.fit import (
-    fit_costs,
-    fit_profile,
-    nonnegative_least_squares,
-    relative_fit,
-    thresholds,
-)
+from smartattn.cost import FEATURES, LAYERS, Predictor, features, regime_of
+from smartattn.fit import fit_costs, fit_profile
+from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions
 from smartattn.profile import default_rules
 from smartattn.samples import Header, Sample
+from smartattn.thresholds import thresholds
 from smartattn.workload import Workload
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -69,6 +65,20 @@ def header(**changes: object) -> Header:
         complete=True,
     )
     return given.model_copy(update=changes)
+
+
+def test_kernels_that_are_built_for_each_shape_are_noticed() -> None:
+    samples = []
+    for place, sample in enumerate(samples_of(drawn(16))):
+        # The first calls of a process load code, whatever the backend.
+        loading = 4e5 if place < 4 else 0.0
+        builds = 37_000.0 if sample.backend == "sdpa" else 300.0
+        first_us = sample.device_us + builds + loading
+        samples.append(replace(sample, first_us=first_us))
+    found = {cost.backend: cost.build_us for cost in fit_costs(samples, CUDA)}
+    assert found == {"sdpa": 37_000.0, "torch_varlen": 0.0}
+    unknown = [replace(sample, first_us=0.0) for sample in samples]
+    assert {cost.build_us for cost in fit_costs(unknown, CUDA)} == {0.0}
 
 
 @settings(max_examples=60, deadline=None)
@@ -248,3 +258,55 @@ def test_excluded_backends_are_in_no_part_of_the_profile() -> None:
     assert any("flash_attention_2" in rule.prefer for rule in made.rules)
     assert made.run is not None
     assert made.run.excluded == why
+
+
+def test_the_cost_of_collecting_keys_from_a_cache_is_told_apart() -> None:
+    """Half of the samples lie as a cache concatenates them, and reading those takes longer."""
+    samples = []
+    for index, workload in enumerate(drawn(40)):
+        workload = replace(workload, memory=("transposed", "concatenated")[index % 2])
+        amounts = features(workload.plan(CUDA), workload.call(CUDA))
+        named = dict(zip(FEATURES, amounts, strict=True))
+        us = 20.0 + 2.0 * named["real_pairs"] + 3.0 * named["concatenated_keys"]
+        samples.append(Sample(index, workload, "torch_varlen", "ok", 10.0, 0.0, us, 0.01, 5))
+    predictor = Predictor(fit_costs(samples, CUDA))
+    wide = Workload("forward", True, "left", "bfloat16", 32, 512, 512, 16, 16, 64, 0, 0, 0.5)
+    apart, together = (
+        predictor.predict("torch_varlen", one.plan(CUDA), one.call(CUDA)) or 0.0
+        for one in (replace(wide, memory="concatenated"), wide)
+    )
+    keys = features(wide.plan(CUDA), wide.call(CUDA))[list(FEATURES).index("real_keys")]
+    assert apart - together == pytest.approx(3.0 * keys, rel=0.1)
+
+
+def test_preparation_is_shared_by_the_layers_of_a_forward() -> None:
+    samples = [replace(sample, prepare_us=LAYERS * 100.0) for sample in samples_of(drawn(20))]
+    plain, prepared = (
+        Predictor(fit_costs(some, CUDA)) for some in (samples_of(drawn(20)), samples)
+    )
+    for workload in drawn(5, seed=4):
+        plan, call = workload.plan(CUDA), workload.call(CUDA)
+        before = plain.predict("sdpa", plan, call) or 0.0
+        assert prepared.predict("sdpa", plan, call) == pytest.approx(before + 100.0, rel=0.02)
+
+
+def test_memory_and_error_are_modelled_where_they_were_measured() -> None:
+    def memory(workload: Workload) -> int:
+        named = dict(zip(FEATURES, features(workload.plan(CUDA), workload.call(CUDA)), strict=True))
+        return round(2e6 * named["mask_pairs"] + 1e5 * named["dense_queries"])
+
+    samples = [
+        replace(sample, peak_bytes=memory(sample.workload), error=2e-3)
+        for sample in samples_of(drawn(40))
+    ]
+    predictor = Predictor(fit_costs(samples, CUDA))
+    unmeasured = Predictor(fit_costs(samples_of(drawn(40)), CUDA))
+    for workload in drawn(20, seed=8):
+        plan, call = workload.plan(CUDA), workload.call(CUDA)
+        found = predictor.estimate("sdpa", plan, call)
+        assert found is not None
+        assert found.peak_bytes == pytest.approx(memory(workload), rel=0.05)
+        assert found.error == 2e-3
+        without = unmeasured.estimate("sdpa", plan, call)
+        assert without is not None
+        assert without.peak_bytes is None

@@ -189,18 +189,18 @@ def test_every_pattern_materialises_like_eagers(padding: str, changes: dict[str,
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "set_item": lambda m: m.__setitem__((slice(None), slice(None), 3, slice(0, 2)), -8.0),
-    "set_boolean": lambda m: m.__setitem__(m == 0, -0.5),
-    "add": lambda m: m.add_(1.0),
-    "multiply": lambda m: m.mul_(0.25),
+    "set_boolean": lambda m: m.__setitem__(m < 0, -0.5),
+    "add": lambda m: m.add_(torch.arange(WIDTH)),
+    "multiply": lambda m: m.mul_(1e-38),
     "masked_fill": lambda m: m.masked_fill_(torch.eye(WIDTH, dtype=torch.bool), -9.0),
     "fill": lambda m: m.fill_(-1.0),
     "zero": lambda m: m.zero_(),
     "copy": lambda m: m.copy_(torch.full((WIDTH,), -2.0)),
     "clamp": lambda m: m.clamp_(min=-3.0),
-    "through_a_view": lambda m: m[:, 0].add_(2.0),
+    "through_a_view": lambda m: m[:, 0].sub_(torch.arange(WIDTH)),
     "through_a_slice": lambda m: m[..., :4].fill_(-4.0),
-    "through_a_transpose": lambda m: m.transpose(-1, -2)[..., 0].add_(-6.0),
-    "as_output": lambda m: torch.add(m, 1.0, out=m),
+    "through_a_transpose": lambda m: m.transpose(-1, -2)[:, :, -1].add_(-6.0),
+    "as_output": lambda m: torch.add(m, torch.arange(WIDTH), out=m),
 }
 
 

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smartattn.backends.flash import Route, route
 from smartattn.call import Call
+from smartattn.layouts import VarlenLayout
 from smartattn.packing import bind_packed, gather, packs_queries, scatter, varlen_refusals
-from smartattn.plan import Pattern, Plan, VarlenLayout
+from smartattn.plan import Pattern, Plan
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -155,3 +157,55 @@ def test_refusals_come_all_at_once() -> None:
         "a window cannot be packed across holes in the mask",
     ]
     assert varlen_refusals(plan, _call(plan)) == reasons[1:]
+
+
+@pytest.mark.parametrize(
+    ("facts", "grad", "expected"),
+    [
+        ({"real": None}, False, Route.DENSE),
+        ({"side": "right"}, False, Route.DENSE),
+        ({"side": "left"}, False, Route.KEY_BOUNDS),
+        ({"side": "left"}, True, Route.PACKED),
+        ({"side": "left", "window": 3}, False, Route.KEY_BOUNDS),
+        ({"side": "right", "window": 3}, False, Route.DENSE),
+        ({"side": "both", "window": 3}, False, Route.IN_PLACE),
+        ({"side": "both"}, False, Route.IN_PLACE),
+        ({"side": "holes"}, False, Route.PACKED),
+        ({"side": "right", "causal": False}, False, Route.IN_PLACE),
+        ({"side": "right", "causal": False}, True, Route.PACKED),
+        ({"side": "both", "causal": False, "own": False}, False, Route.KEY_BOUNDS),
+        ({"side": "both", "q_len": 1}, False, Route.KEY_BOUNDS),
+        ({"side": "left", "q_len": 1, "window": 3}, False, Route.KEY_BOUNDS),
+        ({"side": "left", "q_len": 4}, False, Route.KEY_BOUNDS),
+    ],
+)
+def test_how_a_flash_kernel_reads_a_batch(
+    facts: dict[str, Any], grad: bool, expected: Route
+) -> None:
+    width, q_len = 8, facts.get("q_len", 8)
+    real = np.ones((2, width), dtype=bool)
+    side = facts.get("side")
+    if side in ("left", "both"):
+        real[0, :3] = False
+    if side in ("right", "both"):
+        real[1, -2:] = False
+    if side == "holes":
+        real[0, 4] = False
+    causal = facts.get("causal", True)
+    plan = Plan(
+        2,
+        q_len,
+        width,
+        Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL,
+        CPU,
+        shift=width - q_len,
+        window=facts.get("window"),
+        real=real if side else None,
+    )
+    call = Call(
+        CPU, torch.float32, 2, q_len, width, 4, 4, 8, 8, grad=grad,
+        self_attention=facts.get("own", True),
+    )  # fmt: skip
+    assert varlen_refusals(plan, call) == []
+    assert route(plan, call, key_bounds=True, in_place=True) is expected
+    assert route(plan, call, key_bounds=False, in_place=False) in (Route.DENSE, Route.PACKED)

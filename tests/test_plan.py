@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, StaticCache, masking_utils
 
 from smartattn.call import Call
+from smartattn.dense import local_mask
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
 from smartattn.packing import packs_queries, varlen_refusals
-from smartattn.plan import Padding, Pattern, Plan, local_mask
+from smartattn.plan import Padding, Pattern, Plan
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -213,6 +214,25 @@ def test_facts_against_counting(batch: Batch) -> None:
     json.dumps(plan.describe())
 
 
+def dense_of(plan: Plan) -> Any:
+    """(batch, q_len, kv_len) booleans of a plan's dense mask; its bias has to say the same."""
+    shape = (plan.batch, 1, plan.q_len, plan.kv_len)
+    mask, bias = plan.dense_mask(), plan.bias(torch.bfloat16)
+    if mask is None:
+        assert bias is None
+        return np.ones((plan.batch, plan.q_len, plan.kv_len), dtype=bool)
+    assert mask.dtype == torch.bool
+    assert mask.shape == shape
+    assert bias is not None
+    assert bias is plan.bias(torch.bfloat16)
+    assert bool(bias.isfinite().all())
+    assert torch.equal(bias.expand(shape) == 0, mask)
+    assert bool((bias.expand(shape)[~mask] < -1e4).all())
+    # What the memory-efficient kernel would otherwise copy in every layer.
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    return mask[:, 0].numpy()
+
+
 @thorough
 @given(batches())
 def test_an_offset_on_the_device_says_the_same(batch: Batch) -> None:
@@ -229,7 +249,7 @@ def test_an_offset_on_the_device_says_the_same(batch: Batch) -> None:
     assert mask.plan is not None
     assert mask.plan.describe() == batch.plan.describe()
     assert mask.plan.shift == batch.shift
-    assert np.array_equal(mask.plan.dense_mask()[:, 0].numpy(), batch.seen)
+    assert np.array_equal(dense_of(mask.plan), batch.seen)
 
 
 @thorough
@@ -353,7 +373,7 @@ def test_materialised_masks_equal_those_of_transformers(batch: Batch, dtype: tor
     assert mask.dtype == expected.dtype
     assert torch.equal(mask + 0, expected)
     assert mask.plan is not None
-    assert np.array_equal(mask.plan.dense_mask()[:, 0].numpy(), batch.seen)
+    assert np.array_equal(dense_of(mask.plan), batch.seen)
     assert torch.equal(mask[:, :, -1:], expected[:, :, -1:])
 
 
@@ -379,14 +399,7 @@ def test_a_plan_builds_its_own_mask(batch: Batch) -> None:
         real=batch.real if batch.mask is not None else None,
         packed=packed,
     )
-    mask = plan.dense_mask()
-    if mask is None:
-        assert batch.seen.all()
-    else:
-        assert mask.dtype == torch.bool
-        shape = (batch.batch, 1, batch.q_len, batch.kv_len)
-        assert np.array_equal(mask.expand(shape)[:, 0].numpy(), batch.seen)
-    assert plan.dense_mask() is mask
+    assert np.array_equal(dense_of(plan), batch.seen)
 
 
 @thorough

@@ -485,7 +485,7 @@ def test_what_was_not_measured_is_not_predicted() -> None:
     right = padded_plan(side="right")
     assert regime_of(right, call) != regime_of(plan, call)
     assert found.predict("sdpa", right, call) is None
-    dense = Plan(4, 64, 64, Pattern.OTHER, CPU, dense=lambda: None)
+    dense = Plan(4, 64, 64, Pattern.OTHER, CPU)
     assert found.predict("sdpa", dense, call) is None
 
 

@@ -6,7 +6,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from . import grid, profile, samples
 from .backends import BACKENDS, Backend
 from .fit import fit_profile
 from .grid import RunMode
+from .health import Watch
 from .machine import Device, identify, versions
-from .measure import free_memory, measure
+from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError
+from .timing import cache_flush
 
 #: Seconds of measuring by device kind and mode. Start and fit come on top: they leave room for
 #: "quick" to be over within 60 s on two CPU cores and within 30 s on a GPU.
@@ -34,6 +36,8 @@ BUDGETS: Mapping[tuple[str, RunMode], float] = {
 _SAVE_EVERY = 3.0
 #: Seconds that the rounds of one workload may take, and the rounds.
 _PER_WORKLOAD = {"cpu": 0.25, "cuda": 0.08}
+#: Seconds that a first run of a backend may take.
+_PATIENCE: Mapping[RunMode, float] = {"quick": 0.2, "default": 0.5}
 #: Seconds for the last one, however little of the budget is left.
 _LEAST = 0.02
 #: Median spread of the timings above which other work must have been in the way.
@@ -57,6 +61,8 @@ class Request:
     #: Measure although a current profile exists, and drop samples of a run that was cut short.
     force: bool = False
     seed: int = 0
+    #: Flush the caches before every timed call.
+    cold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,10 @@ class Outcome:
     out_of_memory: int = 0
     #: Median spread of the device times, see ``BUSY_SPREAD``.
     spread: float = 0.0
+    #: Workloads that a backend was not run on since its first run would have taken too long.
+    slow: int = 0
+    #: What makes the measurements doubtful, each in one sentence.
+    complaints: tuple[str, ...] = ()
 
 
 Report = Callable[[Progress], None]
@@ -107,6 +117,8 @@ def current(request: Request, identity: Device) -> Profile | None:
         return None
     if existing.device != identity or existing.run is None or existing.versions is None:
         return None
+    if existing.run.cold != request.cold:
+        return None
     if existing.versions.differences(versions(identity.kind)):
         return None
     return existing if request.mode == "quick" or existing.run.mode == "default" else None
@@ -117,6 +129,7 @@ def calibrate(
     report: Report = lambda progress: None,
     waiting: Callable[[], None] = lambda: None,
     backends: tuple[Backend, ...] = BACKENDS,
+    lock: bool = True,
 ) -> Outcome:
     """Measures a device and saves its profile, unless a current one exists.
 
@@ -126,6 +139,7 @@ def calibrate(
     Args:
         report: called with the progress after every workload.
         waiting: called once if another calibration has to end first.
+        lock: False if the caller sees to it that nothing else calibrates the device.
 
     Raises:
         CalibrationError: the device cannot be used, or a file cannot be written.
@@ -138,7 +152,7 @@ def calibrate(
     raw = samples_path(identity, request.mode)
     for file in (path, raw):
         _check_writable(file, make_folder=file != request.output)
-    with _alone(waiting):
+    with alone(waiting) if lock else nullcontext():
         existing = None if request.force else current(request, identity)
         if existing is not None:
             return Outcome(existing, path, None)
@@ -173,7 +187,9 @@ def _check_writable(path: Path, *, make_folder: bool) -> None:
 
 
 @contextmanager
-def _alone(waiting: Callable[[], None]) -> Iterator[None]:
+def alone(waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds the machine's lock for calibrations; ``waiting`` is called if another one has it."""
+    profile.user_profiles().parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(profile.user_profiles().parent / "calibrate.lock")
     try:
         lock.acquire(timeout=0)
@@ -198,9 +214,14 @@ class _Sweep:
     resumed: int = 0
     #: Seconds of measuring, those of a run that was cut short included.
     seconds: float = 0.0
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.request.device)
 
     def run(self) -> None:
         request, kind = self.request, self.identity.kind
+        self.watch.begin()
         if not request.force:
             self._resume()
         budget = request.budget or BUDGETS[kind, request.mode]
@@ -209,6 +230,11 @@ class _Sweep:
         done = {sample.workload for sample in self.taken}
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
+        warm_up(request.device, self.backends)
+        patience = Patience(_PATIENCE[request.mode])
+        for sample in self.taken:
+            patience.learn(sample)
+        flush = cache_flush(request.device) if request.cold else None
         complete = False
         try:
             for index, workload in enumerate(every):
@@ -217,9 +243,16 @@ class _Sweep:
                     break
                 self.report(Progress(self.seconds, budget, len(self.taken), str(workload)))
                 if workload not in done:
-                    seconds = min(_PER_WORKLOAD[kind], max(budget - self.seconds, _LEAST))
+                    self.watch.tick()
                     self.taken += measure(
-                        index, workload, request.device, self.backends, self.excluded, seconds
+                        index,
+                        workload,
+                        request.device,
+                        self.backends,
+                        self.excluded,
+                        seconds=min(_PER_WORKLOAD[kind], max(budget - self.seconds, _LEAST)),
+                        patience=patience,
+                        flush=flush,
                     )
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._save(complete=False)
@@ -254,6 +287,8 @@ class _Sweep:
             resumed=self.resumed,
             out_of_memory=sum(sample.status == "memory" for sample in taken),
             spread=spreads[len(spreads) // 2],
+            slow=sum(sample.status == "slow" for sample in taken),
+            complaints=tuple(self.watch.complaints()),
         )
 
     def _header(self, seconds: float, complete: bool) -> Header:
@@ -267,6 +302,8 @@ class _Sweep:
             seconds=seconds,
             complete=complete,
             excluded=self.excluded,
+            cold=self.request.cold,
+            complaints=tuple(self.watch.complaints()),
         )
 
     def _save(self, complete: bool) -> None:
@@ -281,7 +318,7 @@ class _Sweep:
         except SamplesError:
             return
         wanted = self._header(header.seconds, complete=False)
-        unlike = {"date", "backends", "excluded", "complete"}
+        unlike = {"date", "backends", "excluded", "complete", "complaints"}
         if header.model_dump(exclude=unlike) == wanted.model_dump(exclude=unlike):
             self.taken, self.excluded = taken, dict(header.excluded)
             self.resumed, self.seconds = len(taken), header.seconds

@@ -44,6 +44,10 @@ class Call:
     deterministic: bool = False
     self_attention: bool = False
     keep_padding_output: bool = False
+    #: Keys and values lie as (batch, kv_len, kv_heads, head_dim) in memory, so that the tokens of a
+    #: sequence follow each other; False where a cache has concatenated them as (batch, kv_heads,
+    #: kv_len, head_dim). It changes what a backend costs, never what it may run.
+    token_major_keys: bool = True
     #: The layer's own module has an eager attention function.
     has_eager: bool = False
     features: frozenset[str] = frozenset()

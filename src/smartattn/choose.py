@@ -5,14 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .backends.base import Backend, releases
 from .call import Call
 from .plan import Plan
 
 if TYPE_CHECKING:
+    from .cost import Estimate
     from .profile import Profile
+
+Goal = Literal["latency", "memory", "accuracy"]
+
+#: Predictions closer than this share count as equal: then the order of the backends decides, which
+#: is the same on every machine and after every calibration.
+TIE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is to be small: time, peak memory, or the error against float64.
+
+    ``max_slowdown`` bounds the predicted time of what is chosen for memory or accuracy, as a
+    multiple of the fastest one's; None is no bound.
+    """
+
+    goal: Goal = "latency"
+    max_slowdown: float | None = None
+
+    def __str__(self) -> str:
+        if self.max_slowdown is None:
+            return self.goal
+        return f"{self.goal} within {self.max_slowdown:g} times the fastest"
+
+
+LATENCY = Objective()
 
 
 class UnsupportedCallError(RuntimeError):
@@ -28,6 +55,11 @@ class Verdict:
     refusals: tuple[str, ...]
     #: Predicted time in microseconds, None without a measurement.
     predicted_us: float | None = None
+    #: Predicted peak memory in bytes, and error relative to the largest value; None likewise.
+    predicted_bytes: float | None = None
+    expected_error: float | None = None
+    #: Microseconds that building kernels for a new shape takes.
+    build_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +70,17 @@ class Decision:
     reason: str
     verdicts: tuple[Verdict, ...]
     profile: Profile
+    objective: Objective = LATENCY
 
     @property
     def predicted_us(self) -> float | None:
         """Predicted time of the chosen backend in microseconds."""
-        for verdict in self.verdicts:
-            if verdict.backend == self.backend.name:
-                return verdict.predicted_us
-        return None
+        return self.verdict.predicted_us
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the chosen backend said."""
+        return next(v for v in self.verdicts if v.backend == self.backend.name)
 
 
 def choose(
@@ -54,13 +89,15 @@ def choose(
     profile: Profile,
     backends: Sequence[Backend],
     allowed: Sequence[str] | None = None,
+    objective: Objective = LATENCY,
     ask: Callable[[Backend, Plan, Call], list[str]] | None = None,
 ) -> Decision:
-    """Chooses the fastest backend that computes the call exactly.
+    """Chooses the best backend of those that compute the call exactly.
 
     Args:
         backends: candidates in the order in which they are preferred without a measurement.
         allowed: names a caller restricts the choice to; one of them runs or an error is raised.
+        objective: what "best" means; where its measurements are missing, the fastest.
         ask: what a backend refuses, for machines other than this one; None asks the backend.
 
     Raises:
@@ -80,20 +117,19 @@ def choose(
         raise UnsupportedCallError(_complaint(verdicts, allowed))
 
     def decide(backend: Backend, reason: str) -> Decision:
-        return Decision(backend, reason, tuple(verdicts.values()), profile)
+        return Decision(backend, reason, tuple(verdicts.values()), profile, objective)
 
     if len(candidates) == 1:
         restricted = " of those allowed" if allowed is not None else ""
         return decide(candidates[0], f"the only one{restricted} that can run this call")
-    costs: list[tuple[float, Backend]] = []
+    estimates: list[tuple[Backend, Estimate]] = []
     for backend in candidates:
-        predicted = profile.predict(backend.name, plan, call)
-        if predicted is not None:
-            verdicts[backend.name] = Verdict(backend.name, (), predicted)
-            costs.append((predicted, backend))
-    if len(costs) > 1:
-        predicted, backend = min(costs, key=lambda cost: cost[0])
-        return decide(backend, f"fastest by profile {profile.name}: {predicted:.0f} us predicted")
+        estimate = profile.estimate(backend.name, plan, call)
+        if estimate is not None:
+            verdicts[backend.name] = Verdict(backend.name, (), *estimate)
+            estimates.append((backend, estimate))
+    if len(estimates) > 1:
+        return decide(*_best(estimates, objective, profile.name))
     rule = profile.rule(plan, call)
     if rule is not None:
         for name in rule.prefer:
@@ -101,6 +137,41 @@ def choose(
                 if backend.name == name:
                     return decide(backend, f"rule of profile {profile.name}: {rule.because}")
     return decide(candidates[0], f"no measurement in profile {profile.name}; first in order")
+
+
+def _best(
+    estimates: list[tuple[Backend, Estimate]], objective: Objective, profile: str
+) -> tuple[Backend, str]:
+    """The best of several backends, and why."""
+    shortest = min(estimate.us for _, estimate in estimates)
+    fastest = next(
+        (backend, f"fastest by profile {profile}: {estimate.us:.0f} us predicted")
+        for backend, estimate in estimates
+        if estimate.us <= shortest * (1 + TIE)
+    )
+    if objective.goal == "latency":
+        return fastest
+    bound = math.inf if objective.max_slowdown is None else objective.max_slowdown * shortest
+    figures = [
+        (
+            estimate.peak_bytes if objective.goal == "memory" else estimate.error,
+            estimate.us,
+            backend,
+        )
+        for backend, estimate in estimates
+        if estimate.us <= bound
+    ]
+    known = [(figure, us, backend) for figure, us, backend in figures if figure is not None]
+    if len(known) < len(figures):
+        return fastest[0], f"{objective.goal} was not measured; {fastest[1]}"
+    lowest = min(figure for figure, _, _ in known)
+    figure, us, backend = min(
+        (entry for entry in known if entry[0] <= lowest * (1 + TIE)), key=lambda entry: entry[1]
+    )
+    value = f"{figure / 2**20:.1f} MiB" if objective.goal == "memory" else f"{figure:.2g}"
+    what = "least memory" if objective.goal == "memory" else "smallest error"
+    ratio = f"{us / shortest:.2f} times the shortest time"
+    return backend, f"{what} by profile {profile}: {value} predicted, {ratio}"
 
 
 class Chooser:
@@ -120,10 +191,15 @@ class Chooser:
         self._known: dict[Hashable, Decision] = {}
 
     def __call__(
-        self, plan: Plan, call: Call, profile: Profile, allowed: tuple[str, ...] | None = None
+        self,
+        plan: Plan,
+        call: Call,
+        profile: Profile,
+        allowed: tuple[str, ...] | None = None,
+        objective: Objective = LATENCY,
     ) -> Decision:
         """The decision for a call; see :func:`choose`."""
-        key = (id(profile), allowed, releases(), _kind(plan, call))
+        key = (id(profile), allowed, objective, releases(), _kind(plan, call))
         known = self._known.get(key)
         # The entry of a profile that is gone may have come back under the id of another.
         if (
@@ -135,7 +211,9 @@ class Chooser:
             return known
         if len(self._known) >= self._size:
             self._known.clear()
-        decision = self._known[key] = choose(plan, call, profile, self._backends, allowed)
+        decision = self._known[key] = choose(
+            plan, call, profile, self._backends, allowed, objective
+        )
         return decision
 
 
@@ -157,6 +235,7 @@ def _kind(plan: Plan, call: Call) -> Hashable:
         call.grad,
         call.self_attention,
         call.keep_padding_output,
+        call.token_major_keys,
         call.features,
         call.q_len == 1,
         len(plan.sequences) if plan.is_packed and plan.sequences is not None else None,

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from . import cli_doctor, cli_explain, cli_models
 from ._version import __version__
-from .errors import UserError
+from .cli_errors import UserError
+from .cli_profiles import profiles_app
+from .cli_show import print_thresholds, show
 
 if TYPE_CHECKING:
     import torch
 
     from .calibrate import Outcome, Request
-    from .profile import Profile, Threshold
 
 # What needs torch is imported where it is used: --help and --version answer at once.
 
@@ -31,8 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-profiles_app = typer.Typer(help="The profiles on this machine.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
+app.command()(show)
 cli_explain.register(app)
 cli_doctor.register(app)
 cli_models.register(app)
@@ -40,6 +40,7 @@ cli_models.register(app)
 #: Exit code for what the user can put right.
 USER_ERROR = 2
 INTERRUPTED = 130
+_WAITING = "Another calibration is running on this machine; waiting for it to end."
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -118,6 +119,9 @@ def calibrate(
     force: Annotated[
         bool, typer.Option("--force", help="Measure again although a current profile exists.")
     ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Flush the caches before every timed call.")
+    ] = False,
 ) -> None:
     """Measure this machine's backends and write a profile."""
     from .calibrate import CalibrationError, Request
@@ -126,20 +130,46 @@ def calibrate(
     devices = _devices(device)
     if output is not None and len(devices) > 1:
         raise UserError("--output takes one profile; name one GPU with --device cuda:N")
-    for one in devices:
-        request = Request(
-            one, mode="quick" if quick else "default", budget=budget, output=output, force=force
+    requests = [
+        Request(
+            one,
+            mode="quick" if quick else "default",
+            budget=budget,
+            output=output,
+            force=force,
+            cold=cold,
         )
-        try:
-            outcome = _with_progress(request, console)
-        except CalibrationError as error:
-            raise UserError(str(error)) from None
-        except KeyboardInterrupt:
-            console.print(
-                "Stopped. What was measured is kept: the same command goes on from there."
-            )
-            raise
-        _print_outcome(outcome, console)
+        for one in devices
+    ]
+    try:
+        if len(requests) > 1:
+            _several(requests, console)
+            return
+        outcome = _with_progress(requests[0], console)
+    except CalibrationError as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:
+        console.print("Stopped. What was measured is kept: the same command goes on from there.")
+        raise
+    _print_outcome(outcome, console)
+
+
+def _several(requests: list[Request], console: Console) -> None:
+    """Calibrates distinct GPUs side by side, and says what came of each."""
+    from .calibrate import CalibrationError
+    from .parallel import at_once, calibrate_all
+
+    names = ", ".join(str(request.device) for request in requests)
+    console.print(f"Measuring {names}, {at_once(len(requests))} at a time")
+    failed = []
+    for request, outcome in calibrate_all(requests, lambda: console.print(_WAITING)):
+        if isinstance(outcome, CalibrationError):
+            failed.append(f"{request.device}: {outcome}")
+        else:
+            console.print(f"[bold]{request.device}[/]")
+            _print_outcome(outcome, console)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def _devices(name: str | None) -> list[torch.device]:
@@ -200,7 +230,7 @@ def _with_progress(request: Request, console: Console) -> Outcome:
         )
 
     def waiting() -> None:
-        console.print("Another calibration is running on this machine; waiting for it to end.")
+        console.print(_WAITING)
 
     try:
         return module.calibrate(request, report, waiting)
@@ -228,13 +258,22 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(f"[bold red]{backend} is left out:[/] {escape(reason)}", soft_wrap=True)
     if outcome.out_of_memory:
         console.print(f"{outcome.out_of_memory} runs did not fit in memory and were left out")
+    if outcome.slow:
+        console.print(
+            f"{outcome.slow} runs were left out: kernels are built for each shape there, which "
+            "would have taken too long"
+        )
+    for complaint in outcome.complaints:
+        console.print(f"[yellow]{escape(complaint[0].upper() + complaint[1:])}.[/]", soft_wrap=True)
+    if outcome.complaints and outcome.spread <= BUSY_SPREAD:
+        console.print("[yellow]Calibrate again when the device is idle and cool, with --force.[/]")
     if outcome.spread > BUSY_SPREAD:
         console.print(
             f"[yellow]The timings vary by {outcome.spread:.0%}: something else was using this "
             "machine. Calibrate again when it is idle, with --force.[/]",
             soft_wrap=True,
         )
-    _print_thresholds(profile.thresholds, console)
+    print_thresholds(profile.thresholds, console)
     console.print(f"Profile:     {escape(str(outcome.path))}", soft_wrap=True)
     console.print(f"Raw samples: {escape(str(outcome.samples))}", soft_wrap=True)
 
@@ -269,119 +308,5 @@ def fit(
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
     console = Console()
-    _print_thresholds(made.thresholds, console)
+    print_thresholds(made.thresholds, console)
     console.print(f"Profile: {escape(str(output))}", soft_wrap=True)
-
-
-# -- show ----------------------------------------------------------------------------------------
-
-
-@app.command()
-def show(
-    profile: Annotated[
-        Path | None, typer.Option(help="A profile to show, instead of those in force.")
-    ] = None,
-) -> None:
-    """Show the profile in force for each device, and its thresholds."""
-    from .profile import ProfileError, load
-
-    console = Console()
-    if profile is not None:
-        try:
-            _print_profile(load(profile), console)
-        except ProfileError as error:
-            raise UserError(f"{profile} cannot be used: {error}") from None
-        return
-    import torch
-
-    from .machine import identify, versions
-    from .profile import find
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for one in [torch.device("cuda", n) for n in range(count)] + [torch.device("cpu")]:
-        identity = identify(one)
-        found = find(identity)
-        console.print(
-            f"[bold]{one}[/] ({escape(str(identity))}): profile [bold]{escape(found.profile.name)}"
-            f"[/], {found.source}, {escape(str(found.path))}",
-            soft_wrap=True,
-        )
-        for phrase in found.passed_over:
-            console.print(f"  {escape(phrase)}", soft_wrap=True)
-        if identity is not None and found.profile.versions is not None:
-            for difference in found.profile.versions.differences(versions(identity.kind)):
-                console.print(f"  measured with {escape(difference)}: calibrate again")
-        _print_profile(found.profile, console)
-
-
-def _print_profile(profile: Profile, console: Console) -> None:
-    if profile.device is not None:
-        made = f", {profile.run.mode}, {profile.run.samples} samples" if profile.run else ""
-        console.print(f"Measured on {escape(str(profile.device))}, {profile.date}{made}")
-    for backend, reason in (profile.run.excluded if profile.run else {}).items():
-        console.print(f"{backend} is left out: {escape(reason)}", soft_wrap=True)
-    if profile.thresholds:
-        _print_thresholds(profile.thresholds, console)
-    elif profile.rules:
-        table = Table("when", "prefer", Column("because", overflow="fold"), title="Rules")
-        for rule in profile.rules:
-            conditions = rule.when.model_dump(exclude_none=True)
-            table.add_row(
-                ", ".join(f"{name} {value}" for name, value in conditions.items()) or "otherwise",
-                ", ".join(rule.prefer),
-                escape(rule.because),
-            )
-        console.print(table)
-
-
-def _print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
-    table = Table(
-        "call",
-        "head dim",
-        "padding",
-        "fastest from which key length on (times faster than the next one there)",
-        title="Thresholds",
-    )
-    last = None
-    for threshold in thresholds:
-        pattern = (
-            "" if threshold.mode == "decode" else " causal" if threshold.causal else " both ways"
-        )
-        call = f"{threshold.mode}{pattern}, {threshold.layout}, {threshold.dtype}"
-        group = (call, threshold.head_dim)
-        if last is not None and group != last:
-            table.add_section()
-        winners = [
-            f"{winner.from_kv_len}: {winner.backend} ({winner.speedup:.2f})"
-            for winner in threshold.winners
-        ]
-        table.add_row(
-            call if group != last else "",
-            str(threshold.head_dim) if group != last else "",
-            f"{threshold.padding_share:.0%}",
-            ", ".join(winners),
-        )
-        last = group
-    if table.row_count:
-        console.print(table)
-
-
-# -- profiles ------------------------------------------------------------------------------------
-
-
-@profiles_app.command("list")
-def list_profiles() -> None:
-    """List the user's own and the shipped profiles."""
-    from .profile import ProfileError, load, shipped_profiles, user_profiles
-
-    table = Table("whose", "profile", "device", "date", Column("file", overflow="fold"))
-    for whose, folder in (("yours", user_profiles()), ("shipped", shipped_profiles())):
-        for path in sorted(folder.glob("*.json")):
-            try:
-                found = load(path)
-            except ProfileError as error:
-                table.add_row(whose, "unusable", escape(str(error)), "", escape(str(path)))
-                continue
-            device = escape(str(found.device)) if found.device else "any"
-            table.add_row(whose, escape(found.name), device, found.date or "", escape(str(path)))
-    Console().print(table)

@@ -12,15 +12,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+from .choose import Goal, Objective
 from .locks import ForkSafeLock
 from .record import Trace
 
 logger = logging.getLogger("smartattn")
 
 PadOutput = Literal["zeros", "sdpa"]
+
+#: How much slower than the fastest a call may get for the sake of memory, if nobody says.
+MEMORY_SLOWDOWN = 1.5
 
 #: Attribute of a model's configuration that holds what was set for the model. It is plain data, so
 #: that copies, pickles and saved configurations carry it.
@@ -37,6 +41,8 @@ class Settings:
     backends: tuple[str, ...] | None = None
     #: None stands for "zeros".
     pad_output: PadOutput | None = None
+    #: None stands for the lowest latency.
+    objective: Objective | None = None
     trace: Trace | None = None
 
 
@@ -54,7 +60,10 @@ _complained: set[str] = set()
 
 @contextlib.contextmanager
 def use(
-    backends: Sequence[str] | str | None = None, pad_output: PadOutput | None = None
+    backends: Sequence[str] | str | None = None,
+    pad_output: PadOutput | None = None,
+    objective: Goal | None = None,
+    max_slowdown: float | None = None,
 ) -> Iterator[None]:
     """Restricts how attention runs inside the block, for this thread.
 
@@ -64,11 +73,17 @@ def use(
         pad_output: what the output holds at padding positions: ``"zeros"`` lets a backend skip
             them (they are finite, and zeros where tokens were packed); ``"sdpa"`` keeps the values
             that SDPA computes there, for models that use them.
+        objective: what to choose the backend by: ``"latency"`` takes the fastest, ``"memory"`` the
+            one with the lowest peak memory, ``"accuracy"`` the one with the smallest measured error
+            against float64. Without such measurements the fastest runs, and the trace says so.
+        max_slowdown: how many times slower than the fastest the chosen one may be, by prediction;
+            at least 1. ``MEMORY_SLOWDOWN`` if not given for memory, without a bound for accuracy.
 
     Raises:
-        ValueError: an unknown backend or an unknown ``pad_output``.
+        ValueError: an unknown backend, ``pad_output`` or ``objective``, or a ``max_slowdown`` below
+            1 or without an objective that it bounds.
     """
-    changes = _checked(backends, pad_output)
+    changes = checked(backends, pad_output, objective, max_slowdown)
     token = SETTINGS.set(replace(SETTINGS.get(), **changes))
     try:
         yield
@@ -80,6 +95,8 @@ def configure(
     *,
     backends: Sequence[str] | str | None = None,
     pad_output: PadOutput | None = None,
+    objective: Goal | None = None,
+    max_slowdown: float | None = None,
     model: Any = None,
 ) -> None:
     """Sets the defaults of this process, or those of one model, in place of what was set before.
@@ -87,15 +104,15 @@ def configure(
     What is not given goes back to the next outer scope: ``configure()`` undoes all.
 
     Args:
-        backends, pad_output: as for :func:`use`, whose blocks come before these.
+        backends, pad_output, objective, max_slowdown: as for :func:`use`, whose blocks come first.
         model: a model of Transformers. The setting is kept in its configuration, under
             ``smartattn``, and stays with copies, pickles and ``save_pretrained``.
 
     Raises:
-        ValueError: an unknown backend or an unknown ``pad_output``.
+        ValueError: as for :func:`use`.
         TypeError: ``model`` has no configuration.
     """
-    changes = _checked(backends, pad_output)
+    changes = checked(backends, pad_output, objective, max_slowdown)
     if model is None:
         global _process
         _process = replace(_DEFAULT, **changes) if changes else _DEFAULT
@@ -105,9 +122,7 @@ def configure(
         raise TypeError(f"{type(model).__name__} has no configuration; give a Transformers model")
     for config in configs:
         if changes:
-            # Lists, as they are after a visit to JSON.
-            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
-            setattr(config, ATTRIBUTE, plain)
+            setattr(config, ATTRIBUTE, _plain(changes))
         elif ATTRIBUTE in vars(config):
             delattr(config, ATTRIBUTE)
 
@@ -148,9 +163,9 @@ def _of_model(given: Any) -> dict[str, Any]:
     if given is None:
         return {}
     try:
-        if not isinstance(given, dict) or given.keys() - {"backends", "pad_output"}:
-            raise ValueError("takes 'backends' and 'pad_output'")
-        return _checked(given.get("backends"), given.get("pad_output"))
+        if not isinstance(given, dict) or given.keys() - set(_NAMES):
+            raise ValueError(f"takes {', '.join(_NAMES)}")
+        return checked(*(given.get(name) for name in _NAMES))
     except (ValueError, TypeError) as error:
         line = " ".join(f"smartattn ignores {ATTRIBUTE!r} in a configuration: {error}".split())
         if line not in _complained:
@@ -159,7 +174,22 @@ def _of_model(given: Any) -> dict[str, Any]:
         return {}
 
 
-def _checked(backends: Any, pad_output: Any) -> dict[str, Any]:
+_NAMES = ("backends", "pad_output", "objective", "max_slowdown")
+
+
+def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes as JSON holds them."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
+    objective = plain.get("objective")
+    if isinstance(objective, Objective):
+        plain["objective"] = objective.goal
+        if objective.max_slowdown is not None:
+            plain["max_slowdown"] = objective.max_slowdown
+    return plain
+
+
+def checked(backends: Any, pad_output: Any, objective: Any, max_slowdown: Any) -> dict[str, Any]:
+    """Fields of :class:`Settings` for what a caller gave, see :func:`use`."""
     from .backends import BACKENDS
 
     changes: dict[str, Any] = {}
@@ -174,6 +204,18 @@ def _checked(backends: Any, pad_output: Any) -> dict[str, Any]:
         if pad_output not in ("zeros", "sdpa"):
             raise ValueError(f"pad_output is 'zeros' or 'sdpa', given {pad_output!r}")
         changes["pad_output"] = pad_output
+    if objective is not None:
+        if objective not in get_args(Goal):
+            raise ValueError(f"objective is one of {get_args(Goal)}, given {objective!r}")
+        if objective == "memory" and max_slowdown is None:
+            max_slowdown = MEMORY_SLOWDOWN
+    if max_slowdown is not None:
+        if objective not in ("memory", "accuracy"):
+            raise ValueError("max_slowdown bounds the objectives 'memory' and 'accuracy'")
+        if not max_slowdown >= 1:
+            raise ValueError(f"max_slowdown is at least 1, given {max_slowdown!r}")
+    if objective is not None:
+        changes["objective"] = Objective(objective, max_slowdown)
     return changes
 
 

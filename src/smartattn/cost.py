@@ -8,7 +8,7 @@ Both are functions of the plan and the call alone, so fitting and predicting sha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,23 +25,33 @@ Layout = Literal["plain", "right", "padded", "masked", "packed"]
 BackendName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
 
 #: The features in their order, each with its unit. "Dense" counts what the padded tensors hold,
-#: "real" what the mask leaves of it.
+#: "real" what the mask leaves of it; a "group" is the sequences of a batch that lie alike, which
+#: can be cut out of the padded tensors together.
 FEATURES: dict[str, str] = {
     "call": "1 per call",
-    "groups": "kernel launches if each group of sequences that lie alike gets its own",
+    "groups": "kernel launches if each group of sequences gets its own",
+    "gathers": "1 if keys lie as a cache concatenates them and are not all real: rows to collect",
     "sequences": "10^3 sequences x heads",
     "dense_pairs": "10^6 (query, key) pairs x heads, masked ones included",
+    "visible_pairs": "10^6 (query, key) pairs x heads that the causal pattern leaves of those",
     "real_pairs": "10^6 (query, key) pairs x heads, attended ones only",
     "mask_pairs": "10^6 elements of a (batch, 1, q_len, kv_len) mask",
     "dense_queries": "10^3 query tokens x heads, padding included",
     "real_queries": "10^3 query tokens x heads, real ones only",
     "dense_keys": "10^3 key tokens x kv_heads, padding included",
     "real_keys": "10^3 key tokens x kv_heads, real ones only",
+    "concatenated_keys": "real_keys if keys lie as a cache concatenates them, else 0",
     "repeated_keys": "10^3 key tokens x heads that grouped heads add if repeated",
+    "repeated_real_keys": "the same for real keys only",
     "longest": "10^3 keys of the longest sequence: what one thread block walks",
     "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
+    "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
+    "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
 }
 
+#: Layers that one forward's preparation is divided among: those of BERT-large, between the 16 of
+#: small language models and the 32 of usual ones. A call does not know its model.
+LAYERS = 24
 #: A model is used up to this multiple of the longest key length it was fitted on.
 MAX_EXTRAPOLATION = 64
 #: A head_dim above the largest one measured costs in proportion, up to this multiple.
@@ -69,9 +79,10 @@ class Regime(NamedTuple):
 class Cost(Record):
     """The model of one backend in one regime: features times coefficients is time.
 
-    Coefficients are microseconds per unit of :data:`FEATURES`. ``host_us`` is the time until the
-    call returns, ``device_us`` the time until the device is done; on a CPU both are the same thing
-    and ``host_us`` is empty. ``head_dim`` is the one that was measured.
+    Coefficients of the times are microseconds per unit of :data:`FEATURES`. ``host_us`` is the time
+    until the call returns, ``device_us`` the time until the device is done; on a CPU both are the
+    same thing and ``host_us`` is empty. ``prepare_us`` comes once per forward, see :data:`LAYERS`.
+    ``head_dim`` is the one that was measured.
     """
 
     backend: BackendName
@@ -82,6 +93,14 @@ class Cost(Record):
     head_dim: Annotated[int, Field(ge=1, le=65536)]
     host_us: dict[str, Coefficient] = Field(max_length=len(FEATURES))
     device_us: dict[str, Coefficient] = Field(max_length=len(FEATURES))
+    prepare_us: dict[str, Coefficient] = Field(default={}, max_length=len(FEATURES))
+    #: Peak memory of a call above its inputs, in bytes per unit; empty if it was not measured.
+    peak_bytes: dict[str, Coefficient] = Field(default={}, max_length=len(FEATURES))
+    #: Median over the samples of the largest error against float64, relative to the largest
+    #: reference value; None if it was not measured.
+    error: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
+    #: What the first call of each new shape takes longer, for kernels that are built for a shape.
+    build_us: Coefficient = 0.0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
     samples: Annotated[int, Field(ge=1, le=10**9)]
@@ -90,7 +109,8 @@ class Cost(Record):
 
     @model_validator(mode="after")
     def _known_features(self) -> Cost:
-        unknown = sorted((self.host_us.keys() | self.device_us.keys()) - FEATURES.keys())
+        parts = (self.host_us, self.device_us, self.prepare_us, self.peak_bytes)
+        unknown = sorted(set().union(*parts) - FEATURES.keys())
         if unknown:
             raise ValueError(f"unknown feature {unknown[0]!r}")
         if not self.device_us:
@@ -103,55 +123,102 @@ class Cost(Record):
         return Regime(self.mode, self.layout, self.causal, self.dtype, self.head_dim)
 
 
+class Estimate(NamedTuple):
+    """What a profile expects of one backend on one call."""
+
+    #: Microseconds: the larger one of host and device time, and this layer's share of what is
+    #: prepared once per forward.
+    us: float
+    #: Peak memory above the inputs in bytes, and relative error; None where it was not measured.
+    peak_bytes: float | None
+    error: float | None
+    #: Microseconds that the first call of a shape takes longer; 0 if none is known.
+    build_us: float = 0.0
+
+
+class _Model(NamedTuple):
+    """A cost with its features as (place, coefficient) pairs."""
+
+    head_dim: int
+    longest: int
+    host: _Terms
+    device: _Terms
+    prepare: _Terms
+    memory: _Terms
+    error: float | None
+    build_us: float
+
+
 class Predictor:
     """Cost models, indexed for prediction."""
 
     def __init__(self, costs: Sequence[Cost]) -> None:
-        order = {name: place for place, name in enumerate(FEATURES)}
-        self._models: dict[Any, list[tuple[int, Any, Any, int]]] = {}
+        self._models: dict[Any, list[_Model]] = {}
         for cost in costs:
-            host, device = (
-                tuple((order[name], value) for name, value in part.items() if value)
-                for part in (cost.host_us, cost.device_us)
+            model = _Model(
+                head_dim=cost.head_dim,
+                longest=cost.longest_kv_len * MAX_EXTRAPOLATION,
+                host=_terms(cost.host_us),
+                device=_terms(cost.device_us),
+                prepare=_terms(cost.prepare_us),
+                memory=_terms(cost.peak_bytes),
+                error=cost.error,
+                build_us=cost.build_us,
             )
-            key = (cost.backend, *cost.regime[:4])
-            entry = (cost.head_dim, host, device, cost.longest_kv_len * MAX_EXTRAPOLATION)
-            self._models.setdefault(key, []).append(entry)
-        for entries in self._models.values():
-            entries.sort(key=lambda entry: entry[0])
+            self._models.setdefault((cost.backend, *cost.regime[:4]), []).append(model)
+        for models in self._models.values():
+            models.sort(key=lambda model: model.head_dim)
 
     def __len__(self) -> int:
         return len(self._models)
 
     def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
         """Microseconds of a call, None where no model covers it; see :meth:`Profile.predict`."""
+        estimate = self.estimate(backend, plan, call)
+        return None if estimate is None else estimate.us
+
+    def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
+        """Time, memory and error of a call, None where no model covers it."""
         regime, amounts = _seen(plan, call)
         if regime is None:
             return None
         mode, layout, causal, dtype, wanted_dim = regime
-        entries = self._models.get((backend, mode, layout, causal, dtype))
-        if entries is None and dtype in _TWIN_DTYPES and call.device.type == "cuda":
-            entries = self._models.get((backend, mode, layout, causal, _TWIN_DTYPES[dtype]))
-        if entries is None:
+        models = self._models.get((backend, mode, layout, causal, dtype))
+        if models is None and dtype in _TWIN_DTYPES and call.device.type == "cuda":
+            models = self._models.get((backend, mode, layout, causal, _TWIN_DTYPES[dtype]))
+        if models is None:
             return None
         # The smallest measured head_dim that holds this one: kernels pad to the next size.
-        for entry in entries:
-            if entry[0] >= wanted_dim:
+        for model in models:
+            if model.head_dim >= wanted_dim:
                 break
-        head_dim, host, device, limit = entry
-        scale = max(1.0, wanted_dim / head_dim)
-        if call.kv_len > limit or scale > MAX_HEAD_DIM_SCALE:
+        scale = max(1.0, wanted_dim / model.head_dim)
+        if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
-        return max(_weighted(host, amounts), scale * _weighted(device, amounts))
+        us = max(_weighted(model.host, amounts), scale * _weighted(model.device, amounts))
+        return Estimate(
+            us=us + _weighted(model.prepare, amounts) / LAYERS,
+            peak_bytes=scale * _weighted(model.memory, amounts) if model.memory else None,
+            error=model.error,
+            build_us=model.build_us,
+        )
 
 
 #: GPUs run both at the same speed.
 _TWIN_DTYPES = {"float16": "bfloat16", "bfloat16": "float16"}
 
 
-def _weighted(coefficients: Any, amounts: tuple[float, ...]) -> float:
+_Terms: TypeAlias = tuple[tuple[int, float], ...]
+_PLACES = {name: place for place, name in enumerate(FEATURES)}
+
+
+def _terms(coefficients: dict[str, float]) -> _Terms:
+    return tuple((_PLACES[name], value) for name, value in coefficients.items() if value)
+
+
+def _weighted(terms: _Terms, amounts: tuple[float, ...]) -> float:
     total = 0.0
-    for place, coefficient in coefficients:
+    for place, coefficient in terms:
         total += coefficient * amounts[place]
     return total
 
@@ -191,40 +258,60 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def features(plan: Plan, call: Call) -> tuple[float, ...]:
     """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
     pack_queries = packs_queries(plan, call)
-    sequences, groups, longest = _facts(plan)
+    facts = _facts(plan)
     heads, kv_heads, visible = call.heads, call.kv_heads, plan.visible
     queries = call.batch * call.q_len * 1e-3
     keys = call.batch * visible * 1e-3
+    real_keys = plan.real_k * 1e-3
     dense = queries * visible * 1e-3
+    # Query i of a causal call does not see the q_len - 1 - i keys that come after its own.
+    hidden = call.q_len - 1 if plan.is_causal else 0
+    concatenated = not call.token_major_keys
     return (
         1.0,
-        groups,
-        sequences * heads * 1e-3,
+        facts.groups,
+        1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
+        facts.sequences * heads * 1e-3,
         dense * heads,
+        max(0.0, dense - queries * hidden * 0.5e-3) * heads,
         plan.attended_pairs(pack_queries) * heads * 1e-6,
         dense,
         queries * heads,
         plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
         keys * kv_heads,
-        plan.real_k * kv_heads * 1e-3,
+        real_keys * kv_heads,
+        real_keys * kv_heads if concatenated else 0.0,
         keys * (heads - kv_heads),
-        longest * 1e-3,
+        real_keys * (heads - kv_heads),
+        facts.longest * 1e-3,
         visible * 1e-3,
+        facts.walked * 1e-3,
+        facts.groups * (queries * heads + 2 * keys * kv_heads),
     )
 
 
-def _facts(plan: Plan) -> tuple[int, int, int]:
-    """(sequences, groups that lie alike, keys of the longest)."""
+class _Facts(NamedTuple):
+    sequences: int
+    #: Groups of sequences that lie alike, and the sum of their keys per sequence.
+    groups: int
+    walked: int
+    #: Keys of the longest sequence.
+    longest: int
+
+
+def _facts(plan: Plan) -> _Facts:
     sequences = plan.sequences
     assert sequences is not None
     if not plan.is_padded and not plan.is_packed:
-        return len(sequences), 1, plan.visible
+        return _Facts(len(sequences), 1, plan.visible, plan.visible)
     lengths = sequences.k_length.tolist()
     distinct = set(lengths)
     distinct.discard(0)
+    longest = max(distinct, default=0)
     # Rows that are padded on one side lie alike if they are equally long.
-    alike = plan.padding in (Padding.LEFT, Padding.RIGHT)
-    return len(lengths), len(distinct) if alike else len(lengths), max(distinct, default=0)
+    if plan.padding in (Padding.LEFT, Padding.RIGHT):
+        return _Facts(len(lengths), len(distinct), sum(distinct), longest)
+    return _Facts(len(lengths), len(lengths), sum(lengths), longest)
 
 
 class _Seen(NamedTuple):

@@ -1,43 +1,43 @@
-"""From raw timings to cost models, and from those to thresholds that people can read."""
+"""From raw timings to cost models, and from those to a profile."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .cost import FEATURES, Cost, Layout, Predictor, Regime, features, regime_of
+from .cost import FEATURES, Cost, Layout, Mode, Regime, features, regime_of
 from .grid import FEWEST
-from .profile import Profile, Rule, Run, Threshold, Winner
+from .least_squares import FloatArray, log_errors, relative_fit
+from .profile import Profile, Rule, Run
 from .samples import Header, Sample
-from .workload import Side, Workload
+from .thresholds import thresholds
+from .workload import Workload
 
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
-
-#: Samples whose relative error is more than this many times the median one count less.
-_OUTLIER = 4.0
-#: Keeps coefficients that nothing decides at 0 instead of at chance.
-_RIDGE = 1e-6
 #: Parts that the samples are cut into for predicting each from the others.
 _FOLDS = 5
-#: How many samples the coefficients of all head dims together count as, for those of one of them.
+#: How many samples the coefficients of all regimes of a group together count as, for those of one.
 _PRIOR_SAMPLES = 2.0
+#: First calls that take less than this longer allocate and look up; they do not build kernels.
+_BUILDING_US = 5_000.0
+#: Largest log error that one left-out sample counts for.
+_WORST_MISS = 1.5
 
 
 def _columns(*names: str) -> FloatArray:
     return np.array([1.0 if name in names else 0.0 for name in FEATURES])
 
 
-#: What a kernel may walk: the padded tensors, or the real tokens (and then the padded output).
+#: What a kernel may walk: the padded tensors, the real tokens, or one group after the other.
 _WALKS = (
     _columns(
         "call",
         "sequences",
         "dense_pairs",
+        "visible_pairs",
         "mask_pairs",
         "dense_queries",
         "dense_keys",
@@ -52,80 +52,48 @@ _WALKS = (
         "dense_queries",
         "real_queries",
         "real_keys",
+        "concatenated_keys",
         "longest",
     ),
+    _columns(
+        "call",
+        "groups",
+        "real_pairs",
+        "dense_queries",
+        "real_queries",
+        "real_keys",
+        "repeated_real_keys",
+        "walked",
+        "group_tokens",
+    ),
 )
-_LAUNCHES = _columns("call", "groups")
+#: The work that nobody can avoid, per mode: attended pairs, or for one query the keys to read.
+_NEEDED: dict[Mode, str] = {"forward": "real_pairs", "train": "real_pairs", "decode": "real_keys"}
+#: What it is called where the padded tensors are walked.
+_NEEDED_DENSE = {"real_pairs": "visible_pairs", "real_keys": "dense_keys"}
+#: Share of the lowest time per unit of it that the coefficient is at least. All of it would leave
+#: nothing for the other features of the very sample that reached it.
+_CREDIBLE_RATE = 0.5
+_PLACES = {name: place for place, name in enumerate(FEATURES)}
+#: The host does not see how much work a launch is, only how many launches there are.
+_LAUNCHES = _columns("call", "groups", "gathers")
+#: What is made once per forward: indices, masks, and what a kernel builds for lengths new to it.
+_PREPARED = _columns("call", "groups", "sequences", "mask_pairs", "real_queries", "real_keys")
+#: Tensors that a call allocates: copies, masks, outputs and, for a backward, what it kept.
+_ALLOCATED = _columns(
+    "sequences",
+    "dense_pairs",
+    "mask_pairs",
+    "dense_queries",
+    "real_queries",
+    "dense_keys",
+    "real_keys",
+    "concatenated_keys",
+    "repeated_keys",
+    "repeated_real_keys",
+)
 #: Coefficients that grow with head_dim.
-_SCALES = 1.0 - _columns("call", "groups", "sequences", "mask_pairs")
-
-#: The key lengths and padding shares at which thresholds are looked for.
-THRESHOLD_LENGTHS = tuple(
-    round(2**exponent * step) for exponent in range(5, 17) for step in (1.0, 1.5)
-)
-THRESHOLD_SHARES = (0.1, 0.3, 0.5, 0.75)
-
-
-def nonnegative_least_squares(matrix: FloatArray, target: FloatArray) -> FloatArray:
-    """x >= 0 with the smallest ``|matrix @ x - target|``, by Lawson and Hanson's active sets.
-
-    Source: C. L. Lawson, R. J. Hanson, Solving Least Squares Problems, 1974, chapter 23.
-    """
-    columns = matrix.shape[1]
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1.0
-    a = matrix / scale
-    x = np.zeros(columns)
-    free = np.zeros(columns, dtype=bool)
-    tolerance = 1e-10 * max(1.0, float(np.abs(a.T @ target).max(initial=0.0)))
-    for _ in range(10 * columns):
-        gradient = a.T @ (target - a @ x)
-        gradient[free] = -np.inf
-        if free.all() or gradient.max() <= tolerance:
-            break
-        free[int(gradient.argmax())] = True
-        while True:
-            solution = np.zeros(columns)
-            solution[free] = np.linalg.lstsq(a[:, free], target, rcond=None)[0]
-            negative = free & (solution <= 0)
-            if not negative.any():
-                x = solution
-                break
-            step = float((x[negative] / (x[negative] - solution[negative])).min())
-            x = x + step * (solution - x)
-            free &= x > 1e-14
-            x[~free] = 0.0
-            if not free.any():
-                break
-    result: FloatArray = x / scale
-    return result
-
-
-def relative_fit(
-    amounts: FloatArray, times: FloatArray, prior: FloatArray | None = None, rounds: int = 4
-) -> FloatArray:
-    """Coefficients >= 0 with the smallest squared relative errors; outliers count less.
-
-    Args:
-        amounts: (samples, features).
-        times: (samples,) in microseconds, positive.
-        prior: (features,) coefficients that each count as much as ``_PRIOR_SAMPLES`` samples.
-    """
-    goal = np.zeros(amounts.shape[1]) if prior is None else prior
-    strength = (_RIDGE if prior is None else _PRIOR_SAMPLES / len(times)) ** 0.5
-    weights = 1.0 / times
-    coefficients = np.zeros(amounts.shape[1])
-    for _ in range(rounds):
-        matrix = amounts * weights[:, None]
-        pull = strength * np.linalg.norm(matrix, axis=0)
-        coefficients = nonnegative_least_squares(
-            np.concatenate([matrix, np.diag(pull)]),
-            np.concatenate([times * weights, pull * goal]),
-        )
-        errors = np.abs(amounts @ coefficients - times) / times
-        limit = max(_OUTLIER * float(np.median(errors)), 0.01)
-        weights = np.sqrt(np.minimum(1.0, limit / np.maximum(errors, 1e-12))) / times
-    return coefficients
+_SCALES = 1.0 - _columns("call", "groups", "gathers", "sequences", "mask_pairs")
 
 
 def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
@@ -146,11 +114,22 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
         regime, amounts = known[sample.workload]
         if regime is not None:
             rows[sample.backend, regime].append((amounts, sample))
-    # Regimes that differ in nothing but head_dim have much in common.
+    # Regimes that differ in head_dim, and in whether they are causal, have most in common: the
+    # amounts of work speak of both. Right padding that a kernel need not know of is none to it.
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
     for (backend, regime), found in sorted(rows.items()):
-        alike[backend, regime._replace(head_dim=0)].append(_Table.of(backend, regime, found))
-    groups = [_Group(tables) for tables in alike.values()]
+        layout = "plain" if regime.layout == "right" else regime.layout
+        shared = regime._replace(head_dim=0, causal=False, layout=layout)
+        alike[backend, shared].append(_Table.of(regime, found))
+    groups = [_Group(backend, regime, tables) for (backend, regime), tables in alike.items()]
+    # Few samples may make the work that nobody can avoid seem free, and then a backend unbeatable
+    # at lengths beyond those. It costs at least half of what it cost whoever was best at it.
+    rates: dict[tuple[Mode, str], float] = {}
+    for group in groups:
+        key = (group.regime.mode, group.regime.dtype)
+        rates[key] = min(rates.get(key, np.inf), group.rate())
+    for group in groups:
+        group.best_rate = rates[group.regime.mode, group.regime.dtype]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
     for group in groups:
@@ -167,88 +146,135 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
 
 @dataclass(frozen=True)
 class _Table:
-    """The samples of a backend in a regime."""
+    """The samples of a backend in a regime; the features are scaled as in ``_per_dim``."""
 
-    backend: str
     regime: Regime
+    samples: tuple[Sample, ...]
     amounts: FloatArray
-    device_us: FloatArray
-    host_us: FloatArray
-    longest_kv_len: int
 
     @staticmethod
-    def of(backend: str, regime: Regime, rows: list[tuple[tuple[float, ...], Sample]]) -> _Table:
-        return _Table(
-            backend,
-            regime,
-            amounts=np.array([amounts for amounts, _ in rows]),
-            device_us=np.array([sample.device_us for _, sample in rows]),
-            host_us=np.array([max(sample.host_us, 1e-3) for _, sample in rows]),
-            longest_kv_len=max(sample.workload.kv_len for _, sample in rows),
-        )
+    def of(regime: Regime, rows: list[tuple[tuple[float, ...], Sample]]) -> _Table:
+        amounts = np.array([amounts for amounts, _ in rows])
+        return _Table(regime, tuple(sample for _, sample in rows), amounts * _per_dim(regime))
 
-    @property
-    def per_dim(self) -> FloatArray:
-        """What each feature's coefficient is taken to be proportional to."""
-        return np.where(_SCALES, float(self.regime.head_dim), 1.0)
+
+def _per_dim(regime: Regime) -> FloatArray:
+    """What each feature's coefficient is taken to be proportional to."""
+    return np.where(_SCALES > 0, float(regime.head_dim), 1.0)
 
 
 class _Group:
-    """The samples of one backend in regimes that differ in head_dim alone."""
+    """The samples of one backend in regimes that share their coefficients, more or less."""
 
-    def __init__(self, tables: list[_Table]) -> None:
+    def __init__(self, backend: str, regime: Regime, tables: list[_Table]) -> None:
+        self.backend = backend
+        self.regime = regime
         self.tables = tables
-        self.backend = tables[0].backend
-        self.regime = tables[0].regime
-        self.amounts = np.concatenate([table.amounts * table.per_dim for table in tables])
-        self.device_us = np.concatenate([table.device_us for table in tables])
+        self.amounts = np.concatenate([table.amounts for table in tables])
+        self.samples = [sample for table in tables for sample in table.samples]
+        self.device_us = np.array([sample.device_us for sample in self.samples])
+        #: The lowest time per unit of ``_NEEDED`` of any backend in this mode and dtype.
+        self.best_rate = 0.0
+
+    def rate(self) -> float:
+        """The lowest time per unit of the work that nobody can avoid."""
+        work = self.amounts[:, _PLACES[_NEEDED[self.regime.mode]]]
+        return float((self.device_us / np.maximum(work, 1e-12)).min())
+
+    def _least(self, columns: FloatArray) -> FloatArray:
+        """What the coefficients are at least."""
+        name = _NEEDED[self.regime.mode]
+        place = _PLACES[name if columns[_PLACES[name]] else _NEEDED_DENSE[name]]
+        own = float((self.device_us / np.maximum(self.amounts[:, place], 1e-12)).min())
+        least = np.zeros(len(FEATURES))
+        least[place] = _CREDIBLE_RATE * min(self.best_rate, own)
+        return least
 
     def misses(self) -> FloatArray:
-        """Per entry of ``_WALKS``, the sum of the relative errors at left-out samples."""
-        folds = np.arange(len(self.device_us)) % _FOLDS
+        """Per entry of ``_WALKS``, the sum of the log errors at left-out samples."""
+        folds = np.arange(len(self.samples)) % _FOLDS
         missed = np.zeros(len(_WALKS))
-        if len(self.device_us) < FEWEST:
+        if len(self.samples) < FEWEST:
             return missed
         for place, columns in enumerate(_WALKS):
             amounts = self.amounts * columns
-            for fold in range(_FOLDS):
+            for fold in range(min(_FOLDS, len(self.samples))):
                 rest, out = folds != fold, folds == fold
-                fitted = relative_fit(amounts[rest], self.device_us[rest], rounds=1)
-                errors = np.abs(amounts[out] @ fitted / self.device_us[out] - 1.0)
-                missed[place] += float(np.minimum(errors, 1.0).sum())
+                fitted = relative_fit(
+                    amounts[rest], self.device_us[rest], least=self._least(columns), rounds=2
+                )
+                errors = log_errors(amounts[out] @ fitted, self.device_us[out])
+                missed[place] += float(np.minimum(errors, _WORST_MISS).sum())
         return missed
 
     def costs(self, columns: FloatArray, host: bool) -> list[Cost]:
         """The models, of the features that ``columns`` has ones for."""
-        if len(self.device_us) < FEWEST:
+        if len(self.samples) < FEWEST:
             return []
-        pooled = relative_fit(self.amounts * columns, self.device_us)
+        least = self._least(columns)
+        pooled = relative_fit(self.amounts * columns, self.device_us, least=least)
+        # The host runs the same code whatever the head_dim.
+        launches = self._fitted(_LAUNCHES, [s.host_us for s in self.samples] if host else [])
+        prepare = self._fitted(_PREPARED, [s.prepare_us for s in self.samples])
+        memory = self._fitted(_ALLOCATED, [float(s.peak_bytes) for s in self.samples])
         return [
-            _cost(table, columns, pooled * table.per_dim, host)
+            self._cost(table, columns, pooled, least, launches, prepare, memory)
             for table in self.tables
-            if len(table.device_us) >= FEWEST
         ]
 
+    def _fitted(self, columns: FloatArray, values: list[float]) -> FloatArray:
+        """Coefficients of what is modelled for the group as a whole; zeros if nothing is known."""
+        measured = np.array(values)
+        known = measured > 0
+        if known.sum() < FEWEST:
+            return np.zeros(len(FEATURES))
+        return relative_fit(self.amounts[known] * columns, measured[known])
 
-def _cost(table: _Table, columns: FloatArray, prior: FloatArray, host: bool) -> Cost:
-    device = relative_fit(table.amounts * columns, table.device_us, prior * columns)
-    predicted = table.amounts @ device
-    measured = table.device_us
-    launches = np.zeros(len(FEATURES))
-    if host:
-        # The host does not see how much work a launch is, only how many launches there are.
-        launches = relative_fit(table.amounts * _LAUNCHES, table.host_us)
-        predicted = np.maximum(predicted, table.amounts @ launches)
-        measured = np.maximum(measured, table.host_us)
-    return Cost(
-        backend=table.backend,
-        **table.regime._asdict(),
-        host_us=_named(launches),
-        device_us=_named(device) or {"call": 0.0},
-        longest_kv_len=table.longest_kv_len,
-        samples=len(measured),
-        median_error=round(float(np.median(np.abs(predicted - measured) / measured)), 4),
-    )
+    def _cost(
+        self,
+        table: _Table,
+        columns: FloatArray,
+        pooled: FloatArray,
+        least: FloatArray,
+        launches: FloatArray,
+        prepare: FloatArray,
+        memory: FloatArray,
+    ) -> Cost:
+        amounts, per_dim = table.amounts, _per_dim(table.regime)
+        busy = np.array([sample.device_us for sample in table.samples])
+        device = relative_fit(
+            amounts * columns, busy, pooled * columns, least=least, strength=_PRIOR_SAMPLES
+        )
+        predicted = np.maximum(amounts @ device, amounts @ launches)
+        measured = busy
+        if launches.any():
+            measured = np.array([max(s.host_us, s.device_us) for s in table.samples])
+        errors = [sample.error for sample in table.samples]
+        return Cost(
+            backend=self.backend,
+            **table.regime._asdict(),
+            host_us=_named(launches * per_dim),
+            device_us=_named(device * per_dim) or {"call": 0.0},
+            prepare_us=_named(prepare * per_dim),
+            peak_bytes=_named(memory * per_dim),
+            error=float(f"{np.median(errors):.3g}"),
+            build_us=_build_us(table.samples),
+            longest_kv_len=max(sample.workload.kv_len for sample in table.samples),
+            samples=len(table.samples),
+            median_error=round(float(np.median(np.abs(predicted - measured) / measured)), 4),
+        )
+
+
+def _build_us(samples: Sequence[Sample]) -> float:
+    """What the first call of a shape takes longer, 0 where no kernels are built for it.
+
+    The lower quartile: first calls of a process load code, too, but not three in four of them.
+    """
+    longer = [s.first_us - max(s.host_us, s.device_us) for s in samples if s.first_us > 0]
+    if len(longer) < FEWEST:
+        return 0.0
+    quartile = float(np.quantile(longer, 0.25))
+    return float(f"{quartile:.3g}") if quartile >= _BUILDING_US else 0.0
 
 
 def _named(coefficients: FloatArray) -> dict[str, float]:
@@ -257,92 +283,6 @@ def _named(coefficients: FloatArray) -> dict[str, float]:
         for name, value in zip(FEATURES, coefficients, strict=True)
         if value > 0
     }
-
-
-# -- thresholds ----------------------------------------------------------------------------------
-
-
-def thresholds(costs: Sequence[Cost], device: torch.device) -> list[Threshold]:
-    """Who wins from which key length on, for a usual shape of each regime with several backends."""
-    predictor = Predictor(costs)
-    backends: dict[Regime, list[Cost]] = defaultdict(list)
-    for cost in costs:
-        backends[cost.regime].append(cost)
-    found = []
-    for regime, rivals in sorted(backends.items()):
-        if len(rivals) < 2:
-            continue
-        longest = max(cost.longest_kv_len for cost in rivals)
-        for share in THRESHOLD_SHARES if regime.layout in ("padded", "right") else (0.0,):
-            usual = _usual(regime, share)
-            names = [cost.backend for cost in rivals]
-            winners = _winners(usual, regime.layout, predictor, names, longest, device)
-            if winners:
-                found.append(
-                    Threshold(
-                        mode=regime.mode,
-                        layout=regime.layout,
-                        causal=regime.causal,
-                        dtype=regime.dtype,
-                        head_dim=regime.head_dim,
-                        batch=usual.batch if regime.layout != "packed" else usual.sequences,
-                        heads=usual.heads,
-                        kv_heads=usual.kv_heads,
-                        padding_share=share,
-                        winners=tuple(winners),
-                    )
-                )
-    return found
-
-
-def _usual(regime: Regime, share: float) -> Workload:
-    sides: dict[str, Side] = {"right": "right", "padded": "left", "packed": "packed"}
-    packed = regime.layout == "packed"
-    return Workload(
-        mode=regime.mode,
-        causal=regime.causal,
-        side=sides.get(regime.layout, "none"),
-        dtype=regime.dtype,
-        batch=1 if packed else 8,
-        q_len=1,
-        kv_len=1,
-        heads=16,
-        kv_heads=16,
-        head_dim=regime.head_dim,
-        sequences=8 if packed else 0,
-        padding_share=share,
-    )
-
-
-def _winners(
-    usual: Workload,
-    layout: Layout,
-    predictor: Predictor,
-    names: list[str],
-    longest: int,
-    device: torch.device,
-) -> list[Winner]:
-    """The winners by key length; of a packed batch, by the mean length of its sequences."""
-    winners: list[Winner] = []
-    for length in THRESHOLD_LENGTHS:
-        if length > longest:
-            break
-        total = length * max(1, usual.sequences)
-        workload = replace(usual, q_len=1 if usual.mode == "decode" else total, kv_len=total)
-        if layout == "masked":
-            workload = replace(workload, window=max(1, length // 4))
-        plan, call = workload.plan(device), workload.call(device)
-        predicted = [(predictor.predict(name, plan, call), name) for name in names]
-        times = sorted((us, name) for us, name in predicted if us is not None)
-        if len(times) < 2 or times[0][0] <= 0:
-            continue
-        if not winners or winners[-1].backend != times[0][1]:
-            speedup = round(max(1.0, times[1][0] / times[0][0]), 3)
-            winners.append(Winner(from_kv_len=length, backend=times[0][1], speedup=speedup))
-    return winners
-
-
-# -- the profile ---------------------------------------------------------------------------------
 
 
 def fit_profile(
@@ -364,7 +304,8 @@ def fit_profile(
             kept.append(rule.model_copy(update={"prefer": prefer}))
     return Profile(
         name=header.device.slug,
-        notes="Made by `smartattn calibrate`; times in microseconds, caches warm.",
+        notes="Made by `smartattn calibrate`; times in microseconds, caches "
+        + ("flushed before each call." if header.cold else "warm."),
         device=header.device,
         versions=header.versions,
         date=header.date,
@@ -375,6 +316,8 @@ def fit_profile(
             seed=header.seed,
             raw_samples=raw_samples,
             excluded=header.excluded,
+            cold=header.cold,
+            complaints=header.complaints,
         ),
         rules=tuple(kept),
         thresholds=tuple(thresholds(costs, device)),

@@ -14,15 +14,16 @@ from .cost import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "1"
+VERSION = "2"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.
 _CANDIDATES = 64
-#: Fewest workloads of a family that a model is made from.
+#: Fewest samples that a model is made from.
 FEWEST = 4
-#: Workloads of a family that are timed before those of another dtype or head_dim.
-_FIRST_TURNS = 8
+#: Workloads of each family that are timed in a turn, by the place of its dtype and head_dim: what
+#: the first one teaches holds for the others too, up to a factor.
+_TURNS = (6, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def limits(kind: str, mode: RunMode, memory_bytes: int) -> Limits:
     if mode == "quick":
         return Limits(16_384, 262_144, 1e12, min(memory, 1.6e10), single_share=0.1)
     return Limits(
-        131_072, 1_048_576, 4e12, min(memory, 3.2e10), max_padding_share=0.9, single_share=0.1
+        131_072, 1_048_576, 2e12, min(memory, 3.2e10), max_padding_share=0.9, single_share=0.1
     )
 
 
@@ -111,26 +112,24 @@ def families(kind: str, mode: RunMode) -> list[Family]:
 def workloads(families: list[Family], limits: Limits, seed: int) -> Iterator[Workload]:
     """Workloads in turns over the families; within a family, each unlike the ones before it.
 
-    Each family gets enough for a model before the next one gets any, and those of one dtype and
-    head_dim more of it before the next ones: a run that ends early, or on a slow machine, knows
-    something well rather than everything too little.
+    Families of one dtype and head_dim come together and take turns, the most common ones with the
+    most workloads: a run that ends early knows something of all that models do with those.
     """
     chosen: dict[Family, list[Workload]] = {}
     blocks: dict[tuple[str, int], list[Family]] = {}
     for family in families:
         blocks.setdefault((family.dtype, family.head_dim), []).append(family)
-    rounds: list[tuple[int, list[Family]]] = []
-    for block in blocks.values():
-        rounds += [(turn, [family]) for family in block for turn in range(FEWEST)]
-        rounds += [(turn, block) for turn in range(FEWEST, _FIRST_TURNS)]
-    rounds += [(turn, families) for turn in range(_FIRST_TURNS, _CANDIDATES)]
-    for turn, members in rounds:
-        for family in members:
-            if family not in chosen:
-                # Drawn when its turn comes first: a start that waits for all would be felt.
-                chosen[family] = _family(family, limits, [seed, families.index(family)])
-            if turn < len(chosen[family]):
-                yield chosen[family][turn]
+    for cycle in range(_CANDIDATES):
+        for place, block in enumerate(blocks.values()):
+            turns = _TURNS[min(place, len(_TURNS) - 1)]
+            for turn in range(cycle * turns, (cycle + 1) * turns):
+                for family in block:
+                    if family not in chosen:
+                        # Drawn when its turn comes first: waiting for all would be felt.
+                        seeds = [seed, families.index(family)]
+                        chosen[family] = _family(family, limits, seeds)
+                    if turn < len(chosen[family]):
+                        yield chosen[family][turn]
 
 
 def _family(family: Family, limits: Limits, seed: list[int]) -> list[Workload]:

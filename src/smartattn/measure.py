@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from .backends import Backend
 from .call import Call
+from .cost import FEATURES, features
+from .least_squares import relative_fit
 from .plan import Plan
 from .reference import Expected, error_of, expected
 from .samples import Sample, Status
-from .timing import Timing, interleaved, synchronize
+from .timing import Function, Timing, interleaved, synchronize
 from .workload import Tensors, Workload
 
 #: Output and gradients of a call, the latter empty without a backward.
 Result = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
+
+#: Batches of other lengths that preparation is timed on, and seconds after which one is enough.
+_TWINS = 3
+_LONG = 0.05
+#: First runs of a backend that are needed to know how long others will take, and the groups that
+#: are dared until then.
+_FEWEST_FIRST_RUNS = 3
+_FEW_GROUPS = 16
+_GROUPS = list(FEATURES).index("groups")
+
+
+@dataclass
+class Patience:
+    """Knows how long first runs take, to leave out what would use up the time of many others.
+
+    Kernels that are built for each shape make a backend that runs one group of sequences after the
+    other take seconds for a batch that it then runs in milliseconds.
+    """
+
+    #: Longest first run that is waited for.
+    seconds: float
+    _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def learn(self, sample: Sample) -> None:
+        """Takes note of a first run."""
+        if sample.first_us > 0:
+            groups = _groups(sample.workload)
+            self._seen[sample.backend].append((groups, sample.first_us * 1e-6))
+
+    def lasts(self, backend: str, workload: Workload) -> bool:
+        """Whether the first run of a backend will end in time, as far as is known."""
+        seen = np.array(self._seen[backend])
+        if len(seen) < _FEWEST_FIRST_RUNS:
+            return _groups(workload) <= _FEW_GROUPS
+        amounts = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
+        start, each = relative_fit(amounts, np.maximum(seen[:, 1], 1e-6))
+        return bool(start + each * _groups(workload) <= self.seconds)
+
+
+def _groups(workload: Workload) -> float:
+    cpu = torch.device("cpu")
+    return features(workload.plan(cpu), workload.call(cpu))[_GROUPS]
 
 
 def measure(
@@ -27,13 +75,21 @@ def measure(
     backends: tuple[Backend, ...],
     excluded: dict[str, str],
     seconds: float,
+    patience: Patience | None = None,
+    flush: Function | None = None,
 ) -> list[Sample]:
     """One sample per backend that can run a workload; none where there is nothing to choose.
+
+    What is timed is a layer like the second one of a forward: everything that the layers share is
+    there. What the first one does beyond that is timed apart, on batches of the same padded shape
+    with other lengths, as the next batch of a user would be.
 
     Args:
         index: place of the workload in its grid.
         excluded: why backends are left out; those whose output is wrong or that fail are added.
         seconds: what the rounds may take together.
+        patience: how long to wait for first runs; None waits for all.
+        flush: see :func:`~smartattn.timing.interleaved`.
     """
     plan, call = workload.plan(device), workload.call(device)
     able = candidates(plan, call, backends, excluded)
@@ -51,7 +107,12 @@ def measure(
     functions: dict[str, Callable[[], Result]] = {}
     for backend in able:
         sample = Sample(index, workload, backend.name, "ok")
+        if patience is not None and not patience.lasts(backend.name, workload):
+            found[backend.name] = replace(sample, status="slow")
+            continue
         sample, function, reason = _verified(sample, backend, plan, call, tensors, references)
+        if patience is not None:
+            patience.learn(sample)
         if function is not None:
             functions[backend.name] = function
         if sample.status == "memory":
@@ -59,9 +120,13 @@ def measure(
         if reason:
             excluded[backend.name] = f"{reason}, for {workload}"
         found[backend.name] = sample
-    timings = _timings(functions, device, seconds)
+    timings = _timings(functions, device, seconds, flush)
+    named = {backend.name: backend for backend in able}
     for name in functions:
         timing = timings.get(name)
+        prepare_us = 0.0
+        if timing is not None:
+            prepare_us = _prepare_us(named[name], workload, device, tensors)
         found[name] = (
             replace(found[name], status="memory")
             if timing is None
@@ -73,9 +138,24 @@ def measure(
                 device_spread=timing.device_spread,
                 rounds=timing.rounds,
                 peak_bytes=timing.peak_bytes,
+                prepare_us=prepare_us,
             )
         )
     return list(found.values())
+
+
+def warm_up(device: torch.device, backends: tuple[Backend, ...]) -> None:
+    """Runs every backend once, so that no first run of :class:`Patience` starts up a library."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    for mode in ("forward", "train"):
+        tiny = Workload(mode, True, "left", dtype, 2, 32, 32, 4, 4, 64, padding_share=0.4)
+        plan, call = tiny.plan(device), tiny.call(device)
+        tensors = tiny.tensors(device)
+        for backend in candidates(plan, call, backends, {}):
+            # One that fails does so again when it is measured, and is then left out.
+            with contextlib.suppress(Exception):
+                runner(backend, plan, call, tensors)()
+    synchronize(device)
 
 
 def candidates(
@@ -116,8 +196,13 @@ def _verified(
     tolerance = backend.support.tolerances[sample.workload.torch_dtype]
     status: Status
     try:
+        synchronize(call.device)
+        start = time.perf_counter()
         function = runner(backend, plan, call, tensors)
-        error = error_of(sample.workload, *function(), references)
+        result = function()
+        synchronize(call.device)
+        sample = replace(sample, first_us=(time.perf_counter() - start) * 1e6)
+        error = error_of(sample.workload, *result, references)
     except Exception as problem:
         # Whatever a backend raises must not end the calibration of the others.
         if _lacks_memory(problem):
@@ -149,13 +234,47 @@ def runner(backend: Backend, plan: Plan, call: Call, tensors: Tensors) -> Callab
     return forward if grad_output is None else both
 
 
+def _prepare_us(
+    backend: Backend, workload: Workload, device: torch.device, tensors: Tensors
+) -> float:
+    """How much longer the first layer takes than the second, on a batch of other lengths."""
+    times = []
+    for number in range(_TWINS):
+        twin = replace(workload, seed=workload.seed + 1 + number)
+        plan, call = twin.plan(device), twin.call(device)
+        try:
+            if backend.refusals(plan, call):
+                break
+            synchronize(device)
+            start = time.perf_counter()
+            function = runner(backend, plan, call, tensors)
+            function()
+            synchronize(device)
+            first = time.perf_counter()
+            function()
+            synchronize(device)
+            times.append((first - start) - (time.perf_counter() - first))
+        except Exception as problem:
+            if not _lacks_memory(problem):
+                raise
+            _release(device)
+            break
+        if times[-1] > _LONG:
+            break
+    # Not 0, which would stand for "not measured".
+    return max(1.0, float(np.median(times)) * 1e6) if times else 0.0
+
+
 def _timings(
-    functions: dict[str, Callable[[], Result]], device: torch.device, seconds: float
+    functions: dict[str, Callable[[], Result]],
+    device: torch.device,
+    seconds: float,
+    flush: Function | None,
 ) -> dict[str, Timing]:
     if not functions:
         return {}
     try:
-        return interleaved(functions, device, seconds=seconds)
+        return interleaved(functions, device, seconds=seconds, flush=flush)
     except Exception as problem:
         if not _lacks_memory(problem):
             raise

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .call import Call, Runner
-from .plan import Padding, Plan, VarlenLayout
+from .layouts import VarlenLayout
+from .plan import Padding, Plan
 
 #: A variable-length kernel: packed (total_q, heads, head_dim) queries, (total_k, kv_heads, ...)
 #: keys and values to packed outputs (total_q, heads, value_head_dim).
@@ -25,10 +26,35 @@ def gather(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     tokens = states.transpose(1, 2)
     if index is None:
         return tokens.reshape(batch * length, heads, dim)
+    if states.requires_grad:
+        gathered = _Gather.apply(tokens, index)  # type: ignore[no-untyped-call]
+        assert isinstance(gathered, torch.Tensor)
+        return gathered
+    return _gathered(tokens, index)
+
+
+def _gathered(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    batch, length, heads, dim = tokens.shape
     if tokens.is_contiguous():
         return tokens.view(batch * length, heads, dim).index_select(0, index)
     # Layouts that do not flatten, such as a concatenated cache: no copy of the padding.
     return tokens[index // length, index % length]
+
+
+class _Gather(torch.autograd.Function):
+    """Tokens are taken once each, so that their gradients are put back instead of added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = tokens.shape
+        return _gathered(tokens, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        batch, length = ctx.shape[:2]
+        return scatter(grad, index, batch, length), None
 
 
 def scatter(
@@ -71,6 +97,29 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
     return run
 
 
+def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
+    """A runner that sends the padded tensors through a kernel which skips what lies between.
+
+    Tensors whose batches do not follow each other in memory are copied once, padding included. It
+    returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
+    """
+    layout = plan.in_place(packs_queries(plan, call))
+    shape = (call.batch, call.q_len, call.heads, call.value_head_dim)
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        output = kernel(
+            query.transpose(1, 2).flatten(0, 1),
+            key.transpose(1, 2).flatten(0, 1),
+            value.transpose(1, 2).flatten(0, 1),
+            layout,
+        )
+        return output.view(shape)
+
+    return run
+
+
 def varlen_refusals(plan: Plan, call: Call) -> list[str]:
     """Why the real tokens of a batch cannot be packed exactly."""
     reasons = []
@@ -93,6 +142,11 @@ def varlen_refusals(plan: Plan, call: Call) -> list[str]:
             reasons.append("a symmetric window needs as many queries as keys")
         if plan.padding is Padding.HOLES:
             reasons.append("a window cannot be packed across holes in the mask")
-        elif plan.is_padded and not pack_queries:
+        elif plan.is_padded and not pack_queries and not _ends_at_the_query(plan):
             reasons.append("a window over padded keys needs self-attention")
     return reasons
+
+
+def _ends_at_the_query(plan: Plan) -> bool:
+    """One query per row, which stands at the row's last real key."""
+    return plan.is_causal and plan.q_len == 1 and plan.padding is Padding.LEFT

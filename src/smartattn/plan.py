@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+from . import dense
+from .layouts import (
+    IntArray,
+    KeyBounds,
+    Sequences,
+    VarlenLayout,
+    in_place_layout,
+    key_bounds,
+    packed_layout,
+)
+
+T = TypeVar("T")
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -41,45 +51,6 @@ class Padding(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Runs of real tokens on the host; one entry per sequence, all arrays of shape (sequences,).
-
-    Sequence ``i`` owns the queries ``q_start[i] : q_start[i] + q_length[i]`` and the keys
-    ``k_start[i] : k_start[i] + k_length[i]`` of batch row ``row[i]``. Where the tokens of a row
-    have holes between them the starts say nothing and ``contiguous`` is False.
-    """
-
-    row: IntArray
-    q_start: IntArray
-    q_length: IntArray
-    k_start: IntArray
-    k_length: IntArray
-    contiguous: bool = True
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-@dataclass(frozen=True, slots=True)
-class VarlenLayout:
-    """The arguments of a variable-length kernel, on the device of the plan.
-
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 of shape (sequences + 1,). ``q_index`` and
-    ``k_index`` hold, for every packed token, its place in the flattened (batch * length) tokens;
-    None means that all tokens are taken in order and nothing has to be gathered.
-    """
-
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    total_q: int
-    total_k: int
-    q_index: torch.Tensor | None
-    k_index: torch.Tensor | None
-
-
 class Plan:
     """Facts about one batch under one mask.
 
@@ -92,10 +63,11 @@ class Plan:
         window: causal: a query sees its own and the ``window - 1`` keys before it; bidirectional:
             the keys at a distance of at most ``window``. None for no window.
         real: (batch, kv_len) True where a key is a real token, on the host; None if all are.
-        real_on_device: the same on ``device``; needed only if ``real`` has holes.
+        real_on_device: the same on ``device``, which saves the upload where a mask is built.
         packed: (batch, q_len) True where a new sequence starts, on the host, for batches that hold
             several sequences in a row.
-        dense: makes the (batch, 1, q_len, kv_len) boolean mask, True where a query sees a key.
+        given: for the pattern ``OTHER``, the mask itself: boolean (True where a query sees a key)
+            or additive, broadcasting to (batch, heads, q_len, kv_len); None if all is seen.
     """
 
     def __init__(
@@ -111,7 +83,6 @@ class Plan:
         real: BoolArray | None = None,
         real_on_device: torch.Tensor | None = None,
         packed: BoolArray | None = None,
-        dense: Callable[[], torch.Tensor | None] | None = None,
         given: torch.Tensor | None = None,
     ) -> None:
         self.batch = batch
@@ -122,7 +93,6 @@ class Plan:
         self.shift = shift
         self.window = window
         self.is_packed = packed is not None
-        self._dense = dense
         self._given = given
         self._real_on_device = real_on_device
         #: Keys that some query may see: a static cache is longer than what it holds.
@@ -144,7 +114,7 @@ class Plan:
                 self.padding, self._sequences = self._padded_sequences(real)
                 self.real_q = int(self._sequences.q_length.sum())
                 self.real_k = int(self._sequences.k_length.sum())
-                if self.padding is Padding.HOLES:
+                if real_on_device is None:
                     self._real_host = real
         self._derived: dict[Any, Any] = {}
         self._twins: dict[torch.device, Plan] = {device: self}
@@ -204,18 +174,7 @@ class Plan:
 
         ``pack_queries`` False counts every query, padding included.
         """
-        key = ("pairs", pack_queries)
-        if key not in self._derived:
-            if self.sequences is None:
-                pairs = self.batch * self.q_len * self.kv_len
-            else:
-                lengths_k = self.sequences.k_length
-                lengths_q = (
-                    self.sequences.q_length if pack_queries else np.full_like(lengths_k, self.q_len)
-                )
-                pairs = int(_pairs(lengths_q, lengths_k, self.is_causal, self.window))
-            self._derived[key] = pairs
-        return int(self._derived[key])
+        return self._derive(("pairs", pack_queries), lambda: self._pairs(pack_queries))
 
     def describe(self) -> dict[str, Any]:
         """The measured facts as plain values, for traces and logs."""
@@ -236,44 +195,71 @@ class Plan:
 
     # -- derived tensors -------------------------------------------------------------------------
 
+    def real_keys(self) -> torch.Tensor | None:
+        """(batch, visible) booleans on the device, True where a key is real; None if all are."""
+        if not self.is_padded:
+            return None
+        if self._real_on_device is not None:
+            return self._real_on_device[:, : self.visible]
+        real = self._real_host
+        assert real is not None
+        return self._derive(("real",), lambda: torch.from_numpy(real).to(self.device))
+
     def dense_mask(self) -> torch.Tensor | None:
         """(batch, 1, q_len, kv_len) boolean, True where a query sees a key; None if all are seen.
 
         For a plan that was made from a caller's own mask, that mask (boolean or additive float).
         """
-        if self._given is not None:
-            return self._given
-        if "dense" not in self._derived:
-            self._derived["dense"] = self._dense() if self._dense is not None else self._build()
-        mask = self._derived["dense"]
-        assert mask is None or isinstance(mask, torch.Tensor)
-        return mask
+        seen = self._seen()
+        if seen is None or self.pattern is Pattern.OTHER:
+            return seen
+        return seen.expand(self.batch, 1, self.q_len, self.kv_len)
 
     def additive_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The dense mask as eager attention adds it: 0 where seen, else the dtype's minimum."""
         mask = self.dense_mask()
         if mask is None or mask.dtype != torch.bool:
             return mask
-        key = ("additive", dtype)
-        if key not in self._derived:
-            zero = torch.zeros((), dtype=dtype, device=mask.device)
-            self._derived[key] = torch.where(mask, zero, torch.finfo(dtype).min)
-        additive = self._derived[key]
-        assert isinstance(additive, torch.Tensor)
-        return additive
+        return self._derive(
+            ("additive", dtype),
+            lambda: torch.where(
+                mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min
+            ),
+        )
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as SDPA takes it best: additive, with 1 for every dimension it is constant in.
+
+        None if all keys are seen.
+        """
+        seen = self._seen()
+        if seen is None or seen.dtype == dtype:
+            return seen
+        return self._derive(("bias", dtype), lambda: dense.bias(seen, dtype))
 
     def varlen(self, pack_queries: bool) -> VarlenLayout:
-        """The layout of the real tokens for a variable-length kernel.
+        """Where the real tokens lie once they are packed, see :func:`layouts.packed_layout`."""
+        return self._derive(("varlen", pack_queries), lambda: packed_layout(self, pack_queries))
 
-        ``pack_queries`` False keeps every query of a row, padding included, as one sequence of
-        ``q_len``: what cross-attention needs, whose mask speaks of the keys alone.
-        """
-        key = ("varlen", pack_queries)
+    def in_place(self, pack_queries: bool) -> VarlenLayout:
+        """Where they lie in the padded tensors, see :func:`layouts.in_place_layout`."""
+        return self._derive(("in place", pack_queries), lambda: in_place_layout(self, pack_queries))
+
+    def key_bounds(self) -> KeyBounds:
+        """Where the real keys of each row begin and end, see :func:`layouts.key_bounds`."""
+        return self._derive(("bounds",), lambda: key_bounds(self))
+
+    def _seen(self) -> torch.Tensor | None:
+        if self.pattern is Pattern.OTHER:
+            return self._given
+        return self._derive(("seen",), lambda: dense.seen(self))
+
+    def _derive(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once."""
         if key not in self._derived:
-            self._derived[key] = self._varlen(pack_queries)
-        layout = self._derived[key]
-        assert isinstance(layout, VarlenLayout)
-        return layout
+            self._derived[key] = make()
+        value: T = self._derived[key]
+        return value
 
     def on(self, device: torch.device) -> Plan:
         """This plan with its tensors on ``device``; made once per device."""
@@ -285,8 +271,6 @@ class Plan:
             twin._derived = {k: v for k, v in self._derived.items() if k[0] == "pairs"}
             twin.decisions = {}
             twin.packings = {}
-            source = self
-            twin._dense = lambda: _moved(source.dense_mask(), device)
             twin._given = _moved(self._given, device)
             twin._real_on_device = _moved(self._real_on_device, device)
             self._twins[device] = twin
@@ -321,100 +305,12 @@ class Plan:
             padding = Padding.BOTH
         return padding, Sequences(rows, q_start - self.shift, q_length, start, length, contiguous)
 
-    def _varlen(self, pack_queries: bool) -> VarlenLayout:
-        sequences = self.sequences
-        if sequences is None:
-            raise ValueError("a plan made from a dense mask has no variable-length layout")
-        q_length = sequences.q_length
-        if not pack_queries:
-            q_length = np.full_like(sequences.k_length, self.q_len)
-        cu_q, cu_k = _cumulative(q_length), _cumulative(sequences.k_length)
-        # A sequence's first place among the padded tokens, less that among the packed ones.
-        offset_q = sequences.row * self.q_len + sequences.q_start - cu_q[:-1]
-        offset_k = sequences.row * self.kv_len + sequences.k_start - cu_k[:-1]
-        total_q, total_k = int(cu_q[-1]), int(cu_k[-1])
-        uploaded = upload(
-            np.concatenate([cu_q, cu_k, offset_q, offset_k, q_length, sequences.k_length]),
-            self.device,
-        )
-        n = len(sequences)
-        parts = torch.split(uploaded, [n + 1, n + 1, n, n, n, n])
-        q_index = k_index = None
-        if pack_queries and total_q != self.batch * self.q_len:
-            q_index = self._token_index(parts[2], parts[4], total_q, queries=True)
-        if total_k != self.batch * self.kv_len:
-            k_index = (
-                q_index
-                if q_index is not None and self.is_aligned and self.q_len == self.kv_len
-                else self._token_index(parts[3], parts[5], total_k, queries=False)
-            )
-        longest_q = int(q_length.max(initial=0))
-        if longest_q == 1 and total_q != n:
-            # FlashAttention-2 takes a longest query of 1 for exactly one query per sequence.
-            longest_q = 2
-        return VarlenLayout(
-            cu_seqlens_q=parts[0],
-            cu_seqlens_k=parts[1],
-            max_seqlen_q=longest_q,
-            max_seqlen_k=int(sequences.k_length.max(initial=0)),
-            total_q=total_q,
-            total_k=total_k,
-            q_index=q_index,
-            k_index=k_index,
-        )
-
-    def _token_index(
-        self, offset: torch.Tensor, length: torch.Tensor, total: int, *, queries: bool
-    ) -> torch.Tensor:
-        assert self.sequences is not None
-        if self.sequences.contiguous:
-            # output_size keeps repeat_interleave from asking the device how long it gets.
-            index = offset.repeat_interleave(length, output_size=total)
-            return (index + torch.arange(total, dtype=torch.int32, device=self.device)).long()
-        real = self._real_on_device
-        if real is None:
-            assert self._real_host is not None
-            real = torch.from_numpy(self._real_host).to(self.device)
-        real = real[:, : self.visible]
-        if queries:
-            real = real[:, self.shift : self.shift + self.q_len]
-        elif self.visible < self.kv_len:
-            real = torch.nn.functional.pad(real, (0, self.kv_len - self.visible))
-        return torch.nonzero_static(real.reshape(-1), size=total).squeeze(1)
-
-    def _build(self) -> torch.Tensor | None:
-        """The dense mask from the facts alone, for plans that no mask function made."""
-        assert self.sequences is not None
-        sequences = self.sequences
-        if self.is_packed:
-            ids = torch.from_numpy(np.repeat(np.arange(len(sequences)), sequences.q_length))
-            ids = ids.view(self.batch, self.q_len).to(self.device)
-            mask = ids[:, None, :, None] == ids[:, None, None, :]
-        elif self.pattern is Pattern.BIDIRECTIONAL and not self.is_padded and self.window is None:
-            return None
-        else:
-            keys = torch.arange(self.kv_len, device=self.device)
-            start = upload(sequences.k_start, self.device)[:, None]
-            end = start + upload(sequences.k_length, self.device)[:, None]
-            mask = ((keys >= start) & (keys < end))[:, None, None, :]
-        return mask & local_mask(
-            self.q_len, self.kv_len, self.shift, self.is_causal, self.window, self.device
-        )
-
-
-def local_mask(
-    q_len: int, kv_len: int, shift: int, causal: bool, window: int | None, device: torch.device
-) -> torch.Tensor:
-    """(q_len, kv_len) boolean mask of a pattern without padding, True where a query sees a key."""
-    distance = (torch.arange(q_len, device=device)[:, None] + shift) - torch.arange(
-        kv_len, device=device
-    )[None, :]
-    if causal:
-        mask = distance >= 0
-        return mask if window is None else mask & (distance < window)
-    if window is None:
-        return torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-    return distance.abs() <= window
+    def _pairs(self, pack_queries: bool) -> int:
+        if self.sequences is None:
+            return self.batch * self.q_len * self.kv_len
+        lengths_k = self.sequences.k_length
+        lengths_q = self.sequences.q_length if pack_queries else np.full_like(lengths_k, self.q_len)
+        return int(_pairs(lengths_q, lengths_k, self.is_causal, self.window))
 
 
 def _packed_sequences(starts: BoolArray) -> Sequences:
@@ -440,20 +336,6 @@ def _pairs(q: IntArray, k: IntArray, causal: bool, window: int | None) -> int:
     elif window is not None:
         full = np.minimum(full, q * (2 * window + 1))
     return int(full.sum())
-
-
-def _cumulative(lengths: IntArray) -> IntArray:
-    result = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=result[1:])
-    return result
-
-
-def upload(values: IntArray, device: torch.device) -> torch.Tensor:
-    """Host integers as an int32 tensor on ``device``, without waiting for the device."""
-    tensor = torch.from_numpy(values.astype(np.int32))
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

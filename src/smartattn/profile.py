@@ -16,7 +16,7 @@ from filelock import FileLock
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from .call import Call
-from .cost import BackendName, Cost, Layout, Mode, Predictor
+from .cost import BackendName, Cost, Estimate, Layout, Mode, Predictor
 from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
 from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
@@ -112,6 +112,10 @@ class Run(Record):
     raw_samples: Line | None = None
     #: Backends left out because their outputs were wrong, each with the evidence.
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
+    #: The caches were flushed before every timed call.
+    cold: bool = False
+    #: What makes the timings doubtful: other work on the device, throttling.
+    complaints: Annotated[tuple[Sentence, ...], Field(max_length=16)] = ()
 
 
 class Profile(Record):
@@ -150,7 +154,8 @@ class Profile(Record):
     def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
         """Predicted time of a call in microseconds, or None if it was not measured.
 
-        The prediction is the larger one of host and device time. It is None for a backend or a
+        The prediction is the larger one of host and device time, and a layer's share of what is
+        prepared once per forward. It is None for a backend or a
         regime (mode, layout, causal or not, dtype) without measurements, and beyond
         ``MAX_EXTRAPOLATION`` times the longest key length or ``MAX_HEAD_DIM_SCALE`` times the
         largest head_dim measured. Within these bounds the model extrapolates: it is linear in
@@ -159,6 +164,10 @@ class Profile(Record):
         GPUs where only one was measured.
         """
         return self.predictor.predict(backend, plan, call)
+
+    def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
+        """Predicted time, peak memory and error of a call, None where :meth:`predict` is."""
+        return self.predictor.estimate(backend, plan, call)
 
     def rule(self, plan: Plan, call: Call) -> Rule | None:
         """The first rule whose conditions hold."""

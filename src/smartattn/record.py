@@ -30,6 +30,8 @@ class TraceRow:
     refused: dict[str, tuple[str, ...]]
     #: Of one call, by backend; empty where the profile holds no measurement.
     predicted_us: dict[str, float]
+    #: What was to be small, e.g. "latency" or "memory within 1.5 times the fastest".
+    objective: str = "latency"
     calls: int = 0
     #: Masks measured for these calls: one per forward and kind of mask. 0 where a layer came with
     #: no mask, or with one that smartattn did not make.
@@ -85,7 +87,8 @@ class Trace:
 
     def _row(self, plan: Plan, call: Call, decision: Decision) -> TraceRow:
         facts = plan.describe()
-        key = (*facts.items(), call, decision.backend.name, decision.reason)
+        name = decision.backend.name
+        key = (*facts.items(), call, name, decision.reason, decision.objective)
         row = self._rows.get(key)
         if row is None:
             row = self._rows[key] = _row(facts, call, decision)
@@ -119,6 +122,7 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
             for v in decision.verdicts
             if v.predicted_us is not None
         },
+        objective=str(decision.objective),
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .plan import IntArray
+from .layouts import IntArray
 from .workload import Tensors, Workload
 
 #: (query, key) pairs x grouped heads up to which all queries of a head are checked.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from .cost import BackendName
+from .cost import LAYERS, BackendName
 from .files import StrPath, read_bounded, write_atomically
 from .machine import Device, Line, Record, Versions, one_line
 from .profile import Seconds, Sentence
@@ -21,8 +21,9 @@ from .workload import FIELDS, WORDS, Workload
 #: Bytes of the largest file that is read.
 MAX_BYTES = 256 * 1024 * 1024
 
-Status = Literal["ok", "wrong", "failed", "memory"]
-STATUSES: tuple[Status, ...] = ("ok", "wrong", "failed", "memory")
+#: "slow" was not run, since its first run alone would have taken too long.
+Status = Literal["ok", "wrong", "failed", "memory", "slow"]
+STATUSES: tuple[Status, ...] = ("ok", "wrong", "failed", "memory", "slow")
 _METADATA_KEY = "smartattn"
 
 
@@ -51,6 +52,16 @@ class Sample:
     peak_bytes: int = 0
     error: float = 0.0
     tolerance: float = 0.0
+    #: What the first layer of a forward on a batch of other lengths takes longer than the next
+    #: ones: the price of preparing, which all layers of the forward share. 0 if not measured.
+    prepare_us: float = 0.0
+    #: The first run of all on such shapes: kernels may be loaded, or built for the shape.
+    first_us: float = 0.0
+
+    @property
+    def us(self) -> float:
+        """What a layer's call takes: see :class:`~smartattn.cost.Estimate`."""
+        return max(self.host_us, self.device_us) + self.prepare_us / LAYERS
 
 
 class Header(Record):
@@ -70,11 +81,17 @@ class Header(Record):
     backends: Annotated[tuple[BackendName, ...], Field(max_length=64)] = ()
     #: Backends whose outputs were wrong or that failed, each with the evidence.
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
+    #: The caches were flushed before every timed call.
+    cold: bool = False
+    #: What makes the timings doubtful: other work on the device, throttling.
+    complaints: Annotated[tuple[Sentence, ...], Field(max_length=16)] = ()
 
 
 _NUMBERS = tuple(
     field.name for field in fields(Sample) if field.name not in ("workload", "backend", "status")
 )
+#: Columns that files of before do not have; zeros stand for them.
+_LATER = ("prepare_us", "first_us")
 
 
 def save(path: StrPath, header: Header, samples: list[Sample]) -> None:
@@ -153,7 +170,11 @@ def _header(content: bytes) -> tuple[Header, dict[str, list[str]]]:
 
 
 def _rows(header: Header, words: dict[str, list[str]], arrays: dict[str, Any]) -> list[Sample]:
-    columns = {name: arrays[name] for name in (*_NUMBERS, "backend", "status")}
+    absent = np.zeros(arrays["index"].shape)
+    columns = {
+        name: arrays.get(name, absent) if name in _LATER else arrays[name]
+        for name in (*_NUMBERS, "backend", "status")
+    }
     columns |= {f"workload.{name}": arrays[f"workload.{name}"] for name in FIELDS}
     sizes = {column.shape for column in columns.values()}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:

@@ -18,9 +18,12 @@ _TICKS_PER_US = 2500
 #: Calls in a burst that still fit the launch queue of a device.
 _MAX_BURST = 16
 #: Seconds that a burst aims at, and that end one on a CPU.
-_BURST_SECONDS = 5e-4
+_BURST_SECONDS = 1e-3
 #: Multiple of the time asked for after which even the fewest rounds are cut short.
 _HARD_LIMIT = 3.0
+#: Multiple of the fastest one's time at which a function gets no rounds after the first: nobody
+#: would choose it, and the little that has to be known of it is known.
+_HOPELESS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,8 @@ class Timing:
     """Times of one call in microseconds; spreads are interquartile range / median.
 
     ``device_us`` is how long the device works on a call, ``host_us`` how long the call takes to
-    return. On a CPU both are the same. Caches are warm: inputs are those of the call before.
+    return. On a CPU both are the same. Caches are warm, with the inputs of the call before, unless
+    they are flushed.
     """
 
     host_us: float
@@ -48,15 +52,18 @@ def interleaved(
     min_rounds: int = 3,
     seconds: float = 0.1,
     spread: float = 0.02,
+    flush: Function | None = None,
 ) -> dict[str, Timing]:
     """Times functions against each other, a burst of each per round, so that drift hits all alike.
 
     Ends after ``max_rounds``, or, once ``min_rounds`` are done, after ``seconds`` or when the
-    median of each function is known to within ``spread``. A machine so slow that the fewest rounds
-    take several times as long gets fewer.
+    median of each function is known to within ``spread``: that of the larger one of host and device
+    time, which is what a call takes. A machine so slow that the fewest rounds take several times as
+    long gets fewer, and so does a function that is several times slower than the fastest.
 
     Args:
         functions: what to time; each has run at least once before.
+        flush: run before each timed call, its time not counted: see :func:`cache_flush`.
 
     Raises:
         Whatever a function raises.
@@ -65,7 +72,7 @@ def interleaved(
     peaks: dict[str, int] = {}
     for name, function in functions.items():
         peaks[name] = _peak_bytes(function, device)
-        bursts[name] = _burst(function, device)
+        bursts[name] = _burst(function, device, flush)
     host: dict[str, list[float]] = {name: [] for name in functions}
     busy: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
@@ -77,8 +84,13 @@ def interleaved(
             busy[name].append(device_us)
         # Whoever comes after a slow one is not always the same.
         order.append(order.pop(0))
+        if round_number == 1:
+            first = {name: max(host[name][0], busy[name][0]) for name in functions}
+            order = [name for name in order if first[name] <= _HOPELESS * min(first.values())]
         elapsed = time.perf_counter() - start
-        settled = all(_uncertainty(times) <= spread for times in busy.values())
+        settled = all(
+            _uncertainty(list(map(max, host[name], busy[name]))) <= spread for name in order
+        )
         if round_number >= min_rounds and (settled or elapsed >= seconds):
             break
         if elapsed >= _HARD_LIMIT * seconds:
@@ -94,6 +106,16 @@ def interleaved(
         )
         for name in functions
     }
+
+
+def cache_flush(device: torch.device) -> Function:
+    """A function that replaces what is in the caches of a device by something else."""
+    size = 64 * 1024**2
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+    # Twice the size, since not every line of a cache is where a new one goes.
+    filler = torch.empty(2 * size, dtype=torch.uint8, device=device)
+    return filler.zero_
 
 
 def relative_spread(times: list[float]) -> float:
@@ -125,7 +147,9 @@ def _peak_bytes(function: Function, device: torch.device) -> int:
     return max(0, torch.cuda.max_memory_allocated(device) - before)
 
 
-def _burst(function: Function, device: torch.device) -> Callable[[], tuple[float, float]]:
+def _burst(
+    function: Function, device: torch.device, flush: Function | None
+) -> Callable[[], tuple[float, float]]:
     """A function that runs a burst of calls and gives (host, device) microseconds per call."""
     synchronize(device)
     start = time.perf_counter()
@@ -136,14 +160,17 @@ def _burst(function: Function, device: torch.device) -> Callable[[], tuple[float
     # Enough calls for the clock, few enough for long ones to be timed at all.
     calls = int(min(_MAX_BURST, max(1, _BURST_SECONDS * 1e6 / max(total_us, 1.0))))
     if device.type == "cuda":
-        return lambda: _cuda_burst(function, device, calls, host_us)
-    return lambda: _cpu_burst(function, calls)
+        return lambda: _cuda_burst(function, device, calls, host_us, flush)
+    return lambda: _cpu_burst(function, calls, flush)
 
 
-def _cpu_burst(function: Function, calls: int) -> tuple[float, float]:
-    start = time.perf_counter()
+def _cpu_burst(function: Function, calls: int, flush: Function | None) -> tuple[float, float]:
     done, elapsed = 0, 0.0
+    start = time.perf_counter()
     while done < calls:
+        if flush is not None:
+            flush()
+            start = time.perf_counter() - elapsed
         function()
         done += 1
         elapsed = time.perf_counter() - start
@@ -155,23 +182,38 @@ def _cpu_burst(function: Function, calls: int) -> tuple[float, float]:
 
 
 def _cuda_burst(
-    function: Function, device: torch.device, calls: int, expected_host_us: float
+    function: Function,
+    device: torch.device,
+    calls: int,
+    expected_host_us: float,
+    flush: Function | None,
 ) -> tuple[float, float]:
     with torch.cuda.device(device):
-        before, after = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
         torch.cuda.synchronize(device)
-        # While the device sleeps the host queues all calls: the events then enclose device time
-        # only, however slow the host is.
-        ahead_us = min(2.0 * expected_host_us * calls, 50_000.0)
-        torch.cuda._sleep(int(ahead_us * _TICKS_PER_US))  # type: ignore[no-untyped-call]
-        before.record()
-        start = time.perf_counter()
+        if flush is None:
+            return _cuda_calls(function, calls, expected_host_us)
+        host_us = device_us = 0.0
         for _ in range(calls):
-            function()
-        host_us = (time.perf_counter() - start) * 1e6 / calls
-        after.record()
-        after.synchronize()
-        return host_us, before.elapsed_time(after) * 1e3 / calls
+            flush()
+            one = _cuda_calls(function, 1, expected_host_us)
+            host_us, device_us = host_us + one[0], device_us + one[1]
+        return host_us / calls, device_us / calls
+
+
+def _cuda_calls(function: Function, calls: int, expected_host_us: float) -> tuple[float, float]:
+    # While the device sleeps the host queues all calls: the events then enclose device time only,
+    # however slow the host is.
+    ahead_us = min(2.0 * expected_host_us * calls, 50_000.0)
+    torch.cuda._sleep(int(ahead_us * _TICKS_PER_US))  # type: ignore[no-untyped-call]
+    before, after = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    before.record()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    host_us = (time.perf_counter() - start) * 1e6 / calls
+    after.record()
+    after.synchronize()
+    return host_us, before.elapsed_time(after) * 1e3 / calls

@@ -15,7 +15,8 @@ import torch
 
 from .call import Call
 from .cost import Mode
-from .plan import BoolArray, IntArray, Pattern, Plan
+from .layouts import IntArray
+from .plan import BoolArray, Pattern, Plan
 
 Side = Literal["none", "left", "right", "packed"]
 Spread = Literal["uniform", "skewed", "same"]
@@ -160,6 +161,7 @@ class Workload:
             scaling=self.head_dim**-0.5,
             grad=self.mode == "train",
             self_attention=self.q_len == self.kv_len,
+            token_major_keys=self.memory == "transposed",
         )
 
     def tensors(self, device: torch.device) -> Tensors:

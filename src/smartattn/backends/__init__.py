@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Backend, Support
 from .eager import EagerBackend
 from .flash_attention_2 import FlashAttention2Backend
+from .flash_attention_3 import FlashAttention3Backend
 from .sdpa import SdpaBackend
 from .sdpa_unpadded import SdpaUnpaddedBackend
 from .torch_varlen import TorchVarlenBackend
@@ -12,6 +13,7 @@ from .torch_varlen import TorchVarlenBackend
 BACKENDS: tuple[Backend, ...] = (
     SdpaBackend(),
     FlashAttention2Backend(),
+    FlashAttention3Backend(),
     TorchVarlenBackend(),
     SdpaUnpaddedBackend(),
     EagerBackend(),

@@ -40,8 +40,9 @@ class Support:
     #: Arguments that change the result and that the backend implements, see ``Call.features``.
     features: frozenset[str] = frozenset()
     backward: bool = True
-    #: Lowest CUDA compute capability.
+    #: Lowest and highest CUDA compute capability.
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: DEFAULT_TOLERANCES)
 
 
@@ -168,14 +169,19 @@ def declared_refusals(
         reasons.append(f"does not implement {feature}")
     if call.grad and not support.backward:
         reasons.append("has no backward, and a gradient is needed")
-    if support.min_capability is not None and kind == "cuda":
+    bounds = support.min_capability, support.max_capability
+    if kind == "cuda" and bounds != (None, None):
         given = capability or _capability(call.device)
-        if given < support.min_capability:
-            reasons.append(
-                "needs compute capability {}.{}, the device has {}.{}".format(
-                    *support.min_capability, *given
+        lowest, highest = bounds
+        for bound, missed, word in (
+            (lowest, lowest is not None and given < lowest, ""),
+            (highest, highest is not None and given > highest, "at most "),
+        ):
+            if bound is not None and missed:
+                reasons.append(
+                    f"needs compute capability {word}{bound[0]}.{bound[1]}, "
+                    f"the device has {given[0]}.{given[1]}"
                 )
-            )
     return reasons
 
 

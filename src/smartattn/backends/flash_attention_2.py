@@ -1,18 +1,32 @@
-"""The flash-attn package: dense where nothing is padded, variable-length where something is."""
+"""The flash-attn package: dense, by key bounds, in place or packed, whichever is exact."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import torch
 
 from ..call import Call, Runner
-from ..packing import bind_packed, varlen_refusals
-from ..plan import Padding, Plan, VarlenLayout
+from ..layouts import VarlenLayout
+from ..packing import varlen_refusals
+from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
+from .flash import (
+    DenseKernel,
+    Route,
+    VarlenKernel,
+    bind_dense,
+    bind_varlen,
+    flash_window,
+    route,
+    unit_stride,
+)
+
+#: The extension's functions and how many arguments they are known to take.
+_KNOWN_SIGNATURES = {"fwd": 13, "varlen_fwd": 21, "fwd_kvcache": 20}
 
 
 @functools.cache
@@ -25,6 +39,24 @@ def _package() -> tuple[Any, str | None]:
     if not str(package.__version__).startswith("2."):
         return None, f"flash-attn 2 is needed, {package.__version__} is installed"
     return package, None
+
+
+@functools.cache
+def _extension() -> Any | None:
+    """The compiled functions under the package's Python, if they have the known signatures.
+
+    Calling them costs the host a quarter of what the package's own functions do, and they take the
+    number of keys in use, which those do not pass on.
+    """
+    try:
+        extension = importlib.import_module("flash_attn_2_cuda")
+    except Exception:
+        return None
+    for name, count in _KNOWN_SIGNATURES.items():
+        described = str(getattr(extension, name, None).__doc__ or "")
+        if len(re.findall(r"\barg\d+:", described)) != count:
+            return None
+    return extension
 
 
 @functools.cache
@@ -78,40 +110,64 @@ class FlashAttention2Backend(Backend):
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        package, _ = _package()
-        options = {
-            "dropout_p": call.dropout,
-            "softmax_scale": call.scaling,
-            "causal": plan.is_causal and call.q_len > 1,
-            "window_size": flash_window(plan),
-            "softcap": call.softcap or 0.0,
-            "deterministic": call.deterministic,
-        }
-        if runs_dense(plan, call):
-            dense = package.flash_attn_func
-            # The rest of a static cache is empty.
-            keys = slice(plan.visible) if plan.visible < call.kv_len else None
+        extension = None if call.grad or call.dropout else _extension()
+        how = route(plan, call, key_bounds=True, in_place=extension is not None)
+        if how is Route.KEY_BOUNDS:
+            return _bind_key_bounds(plan, call)
+        if how is Route.DENSE:
+            return bind_dense(_dense(extension, plan, call), plan, call)
+        return bind_varlen(_varlen(extension, plan, call), how, plan, call)
 
-            def run(
-                query: torch.Tensor,
-                key: torch.Tensor,
-                value: torch.Tensor,
-                arguments: Mapping[str, Any],
-            ) -> torch.Tensor:
-                if keys is not None:
-                    key, value = key[:, :, keys], value[:, :, keys]
-                output = dense(
-                    query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options
-                )
-                assert isinstance(output, torch.Tensor)
-                return output
 
-            return run
+def _scale(call: Call) -> float:
+    return float(call.head_dim**-0.5 if call.scaling is None else call.scaling)
 
-        def kernel(
+
+def _options(plan: Plan, call: Call) -> dict[str, Any]:
+    """The arguments that all public functions of the package take."""
+    return {
+        "softmax_scale": call.scaling,
+        "causal": plan.is_causal and call.q_len > 1,
+        "window_size": flash_window(plan),
+        "softcap": call.softcap or 0.0,
+    }
+
+
+def _dense(extension: Any | None, plan: Plan, call: Call) -> DenseKernel:
+    if extension is None:
+        function = _package()[0].flash_attn_func
+        options = _options(plan, call)
+        options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
+
+        def public(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            output = function(q, k, v, **options)
+            assert isinstance(output, torch.Tensor)
+            return output
+
+        return public
+    forward, scale, softcap = extension.fwd, _scale(call), float(call.softcap or 0.0)
+    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
+
+    def thin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+        output: torch.Tensor = forward(
+            q, k, v, None, None, 0.0, scale, causal, left, right, softcap, False, None
+        )[0]
+        return output
+
+    return thin
+
+
+def _varlen(extension: Any | None, plan: Plan, call: Call) -> VarlenKernel:
+    if extension is None:
+        function = _package()[0].flash_attn_varlen_func
+        options = _options(plan, call)
+        options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
+
+        def public(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
         ) -> torch.Tensor:
-            packed = package.flash_attn_varlen_func(
+            output = function(
                 q,
                 k,
                 v,
@@ -121,30 +177,90 @@ class FlashAttention2Backend(Backend):
                 layout.max_seqlen_k,
                 **options,
             )
-            assert isinstance(packed, torch.Tensor)
-            return packed
+            assert isinstance(output, torch.Tensor)
+            return output
 
-        return bind_packed(kernel, plan, call)
+        return public
+    forward, scale, softcap = extension.varlen_fwd, _scale(call), float(call.softcap or 0.0)
+    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
+
+    def thin(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
+    ) -> torch.Tensor:
+        output: torch.Tensor = forward(
+            unit_stride(q),
+            unit_stride(k),
+            unit_stride(v),
+            None,
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.used_k,
+            None,
+            None,
+            None,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            0.0,
+            scale,
+            False,
+            causal,
+            left,
+            right,
+            softcap,
+            False,
+            None,
+        )[0]
+        return output
+
+    return thin
 
 
-def runs_dense(plan: Plan, call: Call) -> bool:
-    """Whether the dense kernel, which aligns its masks at the lower right, is exact."""
-    if plan.is_packed:
-        return False
-    if not plan.is_padded:
-        return True
-    # Right padding under a causal mask: real tokens never see what comes after them.
-    return (
-        plan.is_causal
-        and plan.padding is Padding.RIGHT
-        and plan.is_aligned
-        and not call.keep_padding_output
+def _bind_key_bounds(plan: Plan, call: Call) -> Runner:
+    """Through the kernel for caches, which reads keys from an offset to an end, of any strides."""
+    extension, bounds = _extension(), plan.key_bounds()
+    kernel: DenseKernel
+    if extension is None:
+        function = _package()[0].flash_attn_with_kvcache
+        options = _options(plan, call)
+        options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
+
+        def public(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            output = function(q, k, v, **options)
+            assert isinstance(output, torch.Tensor)
+            return output
+
+        kernel = public
+    else:
+        forward, scale, softcap = extension.fwd_kvcache, _scale(call), float(call.softcap or 0.0)
+        causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
+        start, end = bounds.start, bounds.end
+
+        def thin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = forward(
+                unit_stride(q),
+                unit_stride(k),
+                unit_stride(v),
+                None,
+                None,
+                end,
+                None,
+                None,
+                None,
+                start,
+                None,
+                None,
+                None,
+                scale,
+                causal,
+                left,
+                right,
+                softcap,
+                True,
+                0,
+            )[0]
+            return output
+
+        kernel = thin
+    return lambda query, key, value, _: kernel(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     )
-
-
-def flash_window(plan: Plan) -> tuple[int, int]:
-    """(left, right) as flash kernels take it; -1 is no bound."""
-    if not plan.window_matters:
-        return (-1, -1)
-    assert plan.window is not None
-    return (plan.window - 1, 0) if plan.is_causal else (plan.window, plan.window)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
-from ..plan import Padding, Plan
+from ..plan import Padding, Pattern, Plan
 from .base import Backend, Support
 
 
@@ -32,8 +32,9 @@ class SdpaBackend(Backend):
         unmasked = needs_no_mask(plan, call)
         causal = unmasked and plan.is_causal and call.q_len > 1
         # The rest of a static cache is empty.
-        keys = slice(plan.visible) if unmasked and plan.visible < call.kv_len else None
-        if unmasked and keys is None and "position_bias" not in call.features:
+        keys = slice(plan.visible) if plan.visible < call.kv_len else None
+        biased = "position_bias" in call.features
+        if unmasked and keys is None and not biased:
             return _bind_unmasked(call, causal)
 
         def run(
@@ -42,14 +43,19 @@ class SdpaBackend(Backend):
             value: torch.Tensor,
             arguments: Mapping[str, Any],
         ) -> torch.Tensor:
-            mask = None if unmasked else plan.dense_mask()
-            is_causal = causal
-            position_bias = arguments.get("position_bias")
-            if position_bias is not None:
-                mask, is_causal = _biased(position_bias, plan.dense_mask(), query.dtype), False
+            if biased:
+                mask = _biased(arguments["position_bias"], plan.dense_mask(), query.dtype)
+            elif unmasked:
+                mask = None
+            elif call.keep_padding_output and plan.pattern is not Pattern.OTHER:
+                # torch's own conversion decides what a query that sees nothing gets.
+                mask = plan.dense_mask()
+            else:
+                mask = plan.bias(query.dtype)
             if keys is not None:
                 key, value = key[:, :, keys], value[:, :, keys]
                 mask = None if mask is None else mask[..., keys]
+            is_causal = causal and mask is None
             return attend(query, key, value, mask, is_causal, call).transpose(1, 2).contiguous()
 
         return run
@@ -58,7 +64,7 @@ class SdpaBackend(Backend):
 def _bind_unmasked(call: Call, causal: bool) -> Runner:
     """The commonest call, with nothing left to decide per layer."""
     attention = torch.nn.functional.scaled_dot_product_attention
-    if call.group_size > 1 and not _takes_grouped_heads(call, None):
+    if call.group_size > 1 and not _grouped_without_mask(call):
         return lambda query, key, value, _: (
             attend(query, key, value, None, causal, call).transpose(1, 2).contiguous()
         )
@@ -96,7 +102,7 @@ def attend(
     """
     grouped = False
     if call.group_size > 1:
-        grouped = _takes_grouped_heads(call, mask)
+        grouped = _takes_grouped_heads(query, key, value, mask, call)
         if not grouped and call.q_len == 1 and (mask is None or mask.shape[1] == 1):
             # One query: its heads of a group become the queries of one key/value head.
             batch = query.shape[0]
@@ -110,19 +116,20 @@ def attend(
     if key.is_cuda and (0 in key.stride() or 0 in value.stride()):
         # The memory-efficient kernel misreads broadcast keys at some lengths: pytorch #191937.
         key, value = key.contiguous(), value.contiguous()
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
-        # A caller's own mask; its lowest values must not become infinite in a smaller dtype.
-        mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-    if mask is not None and mask.is_cuda and mask.shape[-2] * mask.shape[-1] > _MASK_LIMIT:
+    if mask is not None and mask.is_cuda and _is_huge(mask):
         # Offsets into the mask overflow in the memory-efficient kernel: pytorch #187227.
         rows = max(1, _MASK_LIMIT // mask.shape[-1])
         parts = zip(torch.split(query, rows, 2), torch.split(mask, rows, -2), strict=True)
-        return torch.cat([_sdpa(q, key, value, m, False, False, call) for q, m in parts], dim=2)
+        return torch.cat([_sdpa(q, key, value, m, False, grouped, call) for q, m in parts], dim=2)
     return _sdpa(query, key, value, mask, causal, grouped, call)
 
 
 #: Elements of one (q_len, kv_len) mask that 32-bit offsets reach.
 _MASK_LIMIT = 2**32
+
+
+def _is_huge(mask: torch.Tensor) -> bool:
+    return mask.shape[-2] > 1 and mask.shape[-2] * mask.shape[-1] > _MASK_LIMIT
 
 
 def _sdpa(
@@ -146,9 +153,29 @@ def _sdpa(
     )
 
 
-def _takes_grouped_heads(call: Call, mask: torch.Tensor | None) -> bool:
-    # Otherwise torch falls to its math kernel, which holds all the scores in memory.
-    return mask is None and call.head_dim == call.value_head_dim <= 256
+def _takes_grouped_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    call: Call,
+) -> bool:
+    """Whether a fused kernel does; the math kernel holds all the scores in memory."""
+    if mask is None:
+        return _grouped_without_mask(call)
+    kernel = _fused_sdp_choice(
+        query, key, value, mask, call.dropout, False, scale=call.scaling, enable_gqa=True
+    )
+    return bool(kernel != _MATH)
+
+
+def _grouped_without_mask(call: Call) -> bool:
+    return call.head_dim == call.value_head_dim <= 256
+
+
+#: Which kernel torch would run; costs the host one or two microseconds.
+_fused_sdp_choice: Any = getattr(torch, "_fused_sdp_choice", lambda *_, **__: _MATH)
+_MATH = 0
 
 
 def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from ..call import Call, Runner
+from ..dense import local_mask
+from ..layouts import upload
 from ..packing import packs_queries, varlen_refusals
-from ..plan import Padding, Plan, local_mask, upload
+from ..plan import Padding, Plan
 from .base import Backend, Support
 from .sdpa import attend
 

@@ -1,4 +1,4 @@
-"""FlashAttention-2's variable-length kernel that ships in torch (``torch.nn.attention.varlen``)."""
+"""FlashAttention-2's kernels that ship in torch, reached without SDPA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
-from ..packing import bind_packed, varlen_refusals
-from ..plan import Plan, VarlenLayout
+from ..layouts import VarlenLayout
+from ..packing import varlen_refusals
+from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
-from .flash_attention_2 import flash_window
+from .flash import (
+    DenseKernel,
+    Route,
+    VarlenKernel,
+    bind_dense,
+    bind_varlen,
+    flash_window,
+    route,
+    unit_stride,
+)
 
 
 @functools.cache
@@ -29,8 +39,40 @@ def _varlen_attn() -> tuple[Any, frozenset[str], str | None]:
     return function, parameters, None
 
 
+#: The arguments of the operator under varlen_attn that are used here, in their order.
+_POSITIONAL = (
+    "query",
+    "key",
+    "value",
+    "cum_seq_q",
+    "cum_seq_k",
+    "max_q",
+    "max_k",
+    "dropout_p",
+    "is_causal",
+    "return_debug_mask",
+)
+_KEYWORDS = frozenset({"scale", "window_size_left", "window_size_right", "seqused_k"})
+
+
+@functools.cache
+def _operator() -> Any | None:
+    """torch's operator for these kernels, if it has the known arguments.
+
+    varlen_attn costs the host several times as much, and has no dense call.
+    """
+    operator = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if operator is None:
+        return None
+    arguments = operator.default._schema.arguments
+    positional = tuple(a.name for a in arguments if not a.kwarg_only)
+    keywords = {a.name for a in arguments if a.kwarg_only}
+    known = positional == _POSITIONAL and keywords >= _KEYWORDS
+    return operator.default if known else None
+
+
 class TorchVarlenBackend(Backend):
-    """``torch.nn.attention.varlen.varlen_attn``: no package beside torch is needed.
+    """The kernels of ``torch.nn.attention.varlen``: no package beside torch is needed.
 
     Source: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
     """
@@ -52,37 +94,98 @@ class TorchVarlenBackend(Backend):
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
-        if not plan.is_padded and not plan.is_packed:
+        if 0 in (call.batch, call.q_len, call.kv_len):
+            reasons.append("takes no empty tensors")
+        if (call.grad or _operator() is None) and not plan.is_padded and not plan.is_packed:
             reasons.append("no padding to remove")
         if call.grad and call.deterministic:
             reasons.append("its backward is not deterministic")
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        function, parameters, _ = _varlen_attn()
-        # torch 2.11 takes grouped heads as they come; later versions want to be told.
-        grouped = call.group_size > 1 and "enable_gqa" in parameters
-        options = {"enable_gqa": True} if grouped else {}
-        window = flash_window(plan)
-        if plan.is_causal and call.q_len > 1:
-            window = (window[0], 0)
+        operator = None if call.grad else _operator()
+        if operator is None:
+            return bind_varlen(_public(plan, call), Route.PACKED, plan, call)
+        how = route(plan, call, key_bounds=False, in_place=True)
+        if how is Route.DENSE:
+            return bind_dense(_dense(operator, plan, call), plan, call)
+        return bind_varlen(_varlen(operator, plan, call), how, plan, call)
 
-        def kernel(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
-        ) -> torch.Tensor:
-            packed = function(
-                q,
-                k,
-                v,
-                layout.cu_seqlens_q,
-                layout.cu_seqlens_k,
-                layout.max_seqlen_q,
-                layout.max_seqlen_k,
-                scale=call.scaling,
-                window_size=window,
-                **options,
-            )
-            assert isinstance(packed, torch.Tensor)
-            return packed
 
-        return bind_packed(kernel, plan, call)
+def _dense(operator: Any, plan: Plan, call: Call) -> DenseKernel:
+    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
+    options = {"scale": call.scaling, "window_size_left": left, "window_size_right": right}
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = operator(
+            unit_stride(q),
+            unit_stride(k),
+            unit_stride(v),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            False,
+            **options,
+        )[0]
+        return output
+
+    return kernel
+
+
+def _varlen(operator: Any, plan: Plan, call: Call) -> VarlenKernel:
+    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
+    options = {"scale": call.scaling, "window_size_left": left, "window_size_right": right}
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
+    ) -> torch.Tensor:
+        output: torch.Tensor = operator(
+            unit_stride(q),
+            unit_stride(k),
+            unit_stride(v),
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            0.0,
+            causal,
+            False,
+            seqused_k=layout.used_k,
+            **options,
+        )[0]
+        return output
+
+    return kernel
+
+
+def _public(plan: Plan, call: Call) -> VarlenKernel:
+    function, parameters, _ = _varlen_attn()
+    # torch 2.11 takes grouped heads as they come; later versions want to be told.
+    grouped = call.group_size > 1 and "enable_gqa" in parameters
+    options = {"enable_gqa": True} if grouped else {}
+    window = flash_window(plan)
+    if plan.is_causal and call.q_len > 1:
+        window = (window[0], 0)
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
+    ) -> torch.Tensor:
+        output = function(
+            q,
+            k,
+            v,
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            scale=call.scaling,
+            window_size=window,
+            **options,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    return kernel

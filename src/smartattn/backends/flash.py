@@ -1,0 +1,110 @@
+"""What the flash kernels have in common: how they read a batch, and their windows."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import torch
+
+from ..call import Call, Runner
+from ..layouts import VarlenLayout
+from ..packing import bind_in_place, bind_packed, packs_queries
+from ..plan import Padding, Plan
+
+#: Dense attention over (batch, length, heads, head_dim) tensors.
+DenseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenLayout], torch.Tensor]
+
+
+class Route(enum.Enum):
+    """How the kernel gets at the real tokens."""
+
+    #: The padded tensors as they are: there is no padding, or none that a real token sees.
+    DENSE = "dense"
+    #: The padded tensors, with the first and the last real key of each row.
+    KEY_BOUNDS = "key bounds"
+    #: The padded tensors as one row of sequences, with the padding between them skipped.
+    IN_PLACE = "in place"
+    #: Gathered, and scattered back.
+    PACKED = "packed"
+
+
+def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool) -> Route:
+    """The cheapest exact way to read a batch that :func:`packing.varlen_refusals` lets through.
+
+    Args:
+        key_bounds, in_place: whether the kernel has these ways, which have no backward.
+    """
+    if runs_dense(plan, call):
+        return Route.DENSE
+    sequences = plan.sequences
+    if call.grad or call.dropout or plan.is_packed or sequences is None:
+        return Route.PACKED
+    if not sequences.contiguous:
+        return Route.PACKED
+    if key_bounds and bounds_suffice(plan, call):
+        return Route.KEY_BOUNDS
+    return Route.IN_PLACE if in_place else Route.PACKED
+
+
+def runs_dense(plan: Plan, call: Call) -> bool:
+    """Whether the dense kernel, which aligns its masks at the lower right, is exact."""
+    if plan.is_packed:
+        return False
+    if not plan.is_padded:
+        return True
+    # Right padding under a causal mask: real tokens never see what comes after them.
+    return (
+        plan.is_causal
+        and plan.padding is Padding.RIGHT
+        and plan.is_aligned
+        and not call.keep_padding_output
+    )
+
+
+def bounds_suffice(plan: Plan, call: Call) -> bool:
+    """Whether a first and a last key per row say all, and no more queries run than have to.
+
+    Kernels align a causal mask (and a window) at the last key of a row, so that the real keys of
+    every row must end where the queries end. Queries before the first key then see nothing and
+    cost nothing; without a causal mask every query of a row is computed.
+    """
+    if plan.is_causal and (call.q_len > 1 or plan.window_matters):
+        return plan.padding is Padding.LEFT
+    return not packs_queries(plan, call)
+
+
+def flash_window(plan: Plan) -> tuple[int, int]:
+    """(left, right) as flash kernels take it; -1 is no bound."""
+    if not plan.window_matters:
+        return (-1, -1)
+    assert plan.window is not None
+    return (plan.window - 1, 0) if plan.is_causal else (plan.window, plan.window)
+
+
+def bind_dense(kernel: DenseKernel, plan: Plan, call: Call) -> Runner:
+    """A runner that hands the padded tensors to a kernel of (batch, length, heads, dim) tensors."""
+    if plan.visible < call.kv_len:
+        # The rest of a static cache is empty.
+        visible = slice(plan.visible)
+        return lambda query, key, value, _: kernel(
+            query.transpose(1, 2),
+            key[:, :, visible].transpose(1, 2),
+            value[:, :, visible].transpose(1, 2),
+        )
+    return lambda query, key, value, _: kernel(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
+
+
+def bind_varlen(kernel: VarlenKernel, how: Route, plan: Plan, call: Call) -> Runner:
+    """A runner that hands sequences of (tokens, heads, dim) to a kernel, in place or packed."""
+    if how is Route.IN_PLACE:
+        return bind_in_place(kernel, plan, call)
+    return bind_packed(kernel, plan, call)
+
+
+def unit_stride(states: torch.Tensor) -> torch.Tensor:
+    """The same tensor with its last dimension dense, which every flash kernel needs."""
+    return states if states.stride(-1) == 1 else states.contiguous()

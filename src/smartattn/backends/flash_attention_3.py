@@ -1,0 +1,214 @@
+"""FlashAttention-3, forward only, for Hopper GPUs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from ..call import Call, Runner
+from ..layouts import VarlenLayout
+from ..packing import varlen_refusals
+from ..plan import Padding, Plan
+from .base import Backend, Support
+from .flash import (
+    DenseKernel,
+    Route,
+    VarlenKernel,
+    bind_dense,
+    bind_varlen,
+    flash_window,
+    route,
+    unit_stride,
+)
+
+#: Modules that hold the kernels: (Python module, namespace of its operators).
+_BUILDS = (("fa3_fwd_interface", "fa3_fwd"), ("flash_attn_interface", "flash_attn_3"))
+#: The arguments of the forward operator in their order.
+_ARGUMENTS = (
+    *("q", "k", "v", "k_new", "v_new", "q_v", "out"),
+    *("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "seqused_k"),
+    *("max_seqlen_q", "max_seqlen_k", "page_table", "kv_batch_idx", "leftpad_k"),
+    *("rotary_cos", "rotary_sin", "seqlens_rotary", "q_descale", "k_descale", "v_descale"),
+    *("softmax_scale", "is_causal", "window_size_left", "window_size_right", "attention_chunk"),
+    *("softcap", "is_rotary_interleaved", "scheduler_metadata", "num_splits", "pack_gqa"),
+    "sm_margin",
+)
+
+
+@functools.cache
+def _operator() -> tuple[Any, str | None]:
+    """(the forward operator, None), or (None, why it cannot be used)."""
+    why = "FlashAttention-3 is not installed (fa3_fwd_interface, flash_attn_interface)"
+    for module, namespace in _BUILDS:
+        try:
+            importlib.import_module(module)
+            operator = getattr(torch.ops, namespace).fwd.default
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                why = f"{module} cannot be imported: {error}"
+            continue
+        except Exception as error:  # a broken build may raise anything
+            why = f"{module} cannot be imported: {type(error).__name__}: {error}"
+            continue
+        names = tuple(a.name for a in operator._schema.arguments)
+        if names == _ARGUMENTS:
+            return operator, None
+        why = f"the forward of {module} has another signature"
+    return None, why
+
+
+@functools.cache
+def has(feature: str, device: torch.device) -> bool:
+    """Whether the installed build was compiled with a feature, "float16" or "window"."""
+    operator, _ = _operator()
+    dtype = torch.float16 if feature == "float16" else torch.bfloat16
+    tensor = torch.zeros(1, 16, 1, 64, dtype=dtype, device=device)
+    window = (4, 0) if feature == "window" else (-1, -1)
+    try:
+        _call(operator, (tensor, tensor, tensor), scale=0.125, causal=False, window=window)
+    except RuntimeError:
+        return False
+    return True
+
+
+class FlashAttention3Backend(Backend):
+    """FlashAttention-3 of the packages fa3-fwd or flash-attn-3, optional.
+
+    Source: https://github.com/Dao-AILab/flash-attention/tree/main/hopper
+    """
+
+    name = "flash_attention_3"
+    support = Support(
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        features=frozenset({"softcap"}),
+        backward=False,
+        # Compiled for Hopper GPUs alone.
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+    )
+
+    def unavailable(self) -> str | None:
+        return _operator()[1]
+
+    def remedy(self) -> str | None:
+        return None if self.unavailable() is None else "pip install fa3-fwd"
+
+    def further_refusals(self, plan: Plan, call: Call) -> list[str]:
+        reasons = varlen_refusals(plan, call)
+        if 0 in (call.batch, call.q_len, call.kv_len):
+            reasons.append("takes no empty tensors")
+        if call.device.type == "cuda" and self.unavailable() is None:
+            if call.dtype is torch.float16 and not has("float16", call.device):
+                reasons.append("this build has no float16")
+            if plan.window_matters and not has("window", call.device):
+                reasons.append("this build has no windows")
+        return reasons
+
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        # It loads whole tiles and multiplies what lies behind the last key by zero, which NaN
+        # survives: nothing but the end of the tensor may lie there.
+        how = route(plan, call, key_bounds=plan.padding is Padding.LEFT, in_place=False)
+        if how in (Route.DENSE, Route.KEY_BOUNDS):
+            bounded = how is Route.KEY_BOUNDS
+            return bind_dense(_dense(plan, call, bounded), plan, call)
+        return bind_varlen(_varlen(plan, call), how, plan, call)
+
+
+def _facts(plan: Plan, call: Call) -> dict[str, Any]:
+    scale = call.head_dim**-0.5 if call.scaling is None else call.scaling
+    return {
+        "scale": float(scale),
+        "causal": plan.is_causal and call.q_len > 1,
+        "window": flash_window(plan),
+        "softcap": float(call.softcap or 0.0),
+        # One query: only by splitting the keys do few rows fill the device.
+        "num_splits": 0 if call.q_len == 1 else 1,
+    }
+
+
+def _dense(plan: Plan, call: Call, bounded: bool) -> DenseKernel:
+    operator, facts = _operator()[0], _facts(plan, call)
+    start = end = None
+    if bounded:
+        bounds = plan.key_bounds()
+        start, end = bounds.start, bounds.end
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _call(operator, (q, k, v), used_k=end, leftpad_k=start, **facts)
+
+    return kernel
+
+
+def _varlen(plan: Plan, call: Call) -> VarlenKernel:
+    operator, facts = _operator()[0], _facts(plan, call)
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
+    ) -> torch.Tensor:
+        return _call(
+            operator,
+            (q, k, v),
+            cu_seqlens=(layout.cu_seqlens_q, layout.cu_seqlens_k),
+            longest=(layout.max_seqlen_q, layout.max_seqlen_k),
+            used_k=layout.used_k,
+            **facts,
+        )
+
+    return kernel
+
+
+def _call(
+    operator: Any,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    scale: float,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    longest: tuple[int | None, int | None] = (None, None),
+    used_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    q, k, v = map(unit_stride, states)
+    output: torch.Tensor = operator(
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        None,
+        *cu_seqlens,
+        None,
+        None,
+        used_k,
+        *longest,
+        None,
+        None,
+        leftpad_k,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        scale,
+        causal,
+        *window,
+        0,
+        softcap,
+        False,
+        None,
+        num_splits,
+        None,
+        0,
+    )[0]
+    return output

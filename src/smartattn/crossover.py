@@ -1,0 +1,223 @@
+"""The crossover map: which backend wins by length and padding, and by how much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cost import Mode, Predictor
+from .profile import Profile
+from .workload import Side, Workload
+
+#: Padded lengths and shares of padding of a map.
+LENGTHS = tuple(2**exponent for exponent in range(5, 17))
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+#: The kinds of call that get a map: mode, causal or not, side of the padding, and in words.
+KINDS: tuple[tuple[Mode, bool, Side, str], ...] = (
+    ("forward", False, "right", "forward, bidirectional"),
+    ("forward", True, "left", "forward, causal, padding on the left"),
+    ("forward", True, "right", "forward, causal, padding on the right"),
+    ("decode", False, "left", "decode, one query per sequence"),
+    ("train", False, "right", "forward and backward, bidirectional"),
+    ("train", True, "right", "forward and backward, causal, padding on the right"),
+)
+BATCH, HEADS = 16, 16
+#: Colours of backends in the order in which they win most, for plots and for terminals.
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_SHADES = ("blue", "red", "green", "yellow", "cyan", "magenta")
+
+
+class PlotError(RuntimeError):
+    """Why a map cannot be drawn, in one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The fastest backend by prediction, and the time of the next one divided by its time."""
+
+    backend: str
+    #: None if no other backend has a prediction there.
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """The winners of one kind of call: ``cells[share][length]``, None without a prediction."""
+
+    title: str
+    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
+    cells: tuple[tuple[Cell | None, ...], ...]
+
+    @property
+    def wins(self) -> Counter[str]:
+        """How many cells each backend wins."""
+        return Counter(cell.backend for row in self.cells for cell in row if cell)
+
+
+def maps(profile: Profile) -> list[Map]:
+    """The maps of a profile, for the dtype and head_dim that most was measured of."""
+    if not profile.costs:
+        return []
+    device = torch.device(profile.device.kind if profile.device else "cpu")
+    usual: Counter[tuple[str, int]] = Counter()
+    for cost in profile.costs:
+        usual[cost.dtype, cost.head_dim] += cost.samples
+    dtype, head_dim = usual.most_common(1)[0][0]
+    backends = sorted({cost.backend for cost in profile.costs})
+    measured = max(cost.longest_kv_len for cost in profile.costs)
+    lengths = tuple(length for length in LENGTHS if length <= measured)
+    found = []
+    for mode, causal, side, words in KINDS:
+        title = f"{words}; batch {BATCH}, {HEADS} heads of {head_dim}, {dtype}"
+        cells = tuple(
+            tuple(
+                _cell(
+                    Workload(
+                        mode=mode,
+                        causal=causal,
+                        side=side if share else "none",
+                        dtype=dtype,
+                        batch=BATCH,
+                        q_len=1 if mode == "decode" else length,
+                        kv_len=length,
+                        heads=HEADS,
+                        kv_heads=HEADS,
+                        head_dim=head_dim,
+                        padding_share=share,
+                        memory="concatenated" if mode == "decode" else "transposed",
+                    ),
+                    profile.predictor,
+                    backends,
+                    device,
+                )
+                for length in lengths
+            )
+            for share in SHARES
+        )
+        one = Map(title, lengths, SHARES, cells)
+        if one.wins:
+            found.append(one)
+    return found
+
+
+def _cell(
+    workload: Workload, predictor: Predictor, backends: Sequence[str], device: torch.device
+) -> Cell | None:
+    plan, call = workload.plan(device), workload.call(device)
+    predicted = [(predictor.predict(name, plan, call), name) for name in backends]
+    times = sorted((us, name) for us, name in predicted if us)
+    if not times:
+        return None
+    return Cell(times[0][1], times[1][0] / times[0][0] if len(times) > 1 else None)
+
+
+def _places(found: Sequence[Map]) -> dict[str, int]:
+    """The backends that win anywhere, those that win most first, to their places."""
+    wins: Counter[str] = Counter()
+    for one in found:
+        wins.update(one.wins)
+    return {name: place for place, (name, _) in enumerate(sorted(wins.items(), key=_most_first))}
+
+
+def _most_first(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+def _letters(names: Sequence[str]) -> dict[str, str]:
+    """A letter per backend, its first one if that is free."""
+    letters: dict[str, str] = {}
+    for name in names:
+        free = [c for c in (*name.upper(), *"0123456789") if c.isalnum()]
+        letters[name] = next(c for c in free if c not in letters.values())
+    return letters
+
+
+def show(found: Sequence[Map], console: Console) -> None:
+    """Prints the maps: a letter per winner, and how many times as fast as the next one it is."""
+    places = _places(found)
+    letters = _letters(list(places))
+    for one in found:
+        table = Table("padding", title=one.title, title_justify="left", pad_edge=False)
+        for length in one.lengths:
+            table.add_column(f"{length // 1024}k" if length >= 1024 else str(length))
+        for share, row in zip(one.shares, one.cells, strict=True):
+            texts = [Text(f"{share:.0%}")]
+            for cell in row:
+                if cell is None:
+                    texts.append(Text(""))
+                    continue
+                shade = _SHADES[places[cell.backend] % len(_SHADES)]
+                texts.append(Text(letters[cell.backend] + _times(cell), style=shade))
+            table.add_row(*texts)
+        console.print(table)
+    legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+    console.print(f"{legend}; the number: times as fast as the next one, by prediction")
+
+
+def _times(cell: Cell) -> str:
+    if cell.speedup is None:
+        return ""
+    return f"{cell.speedup:.1f}" if cell.speedup < 9.95 else ">9"
+
+
+def plot(found: Sequence[Map], name: str, path: Path) -> None:
+    """Draws the maps into one PNG file.
+
+    Raises:
+        PlotError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+    except ImportError as error:
+        raise PlotError(
+            f"a plot needs matplotlib ({error}): pip install 'smartattn[plot]', "
+            "or leave out --plot for the map in the terminal"
+        ) from None
+    places = _places(found)
+    colours = {name: COLOURS[place % len(COLOURS)] for name, place in places.items()}
+    columns = 2 if len(found) > 1 else 1
+    rows = -(-len(found) // columns)
+    figure: Any = Figure(figsize=(7.5 * columns, 2.9 * rows + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, one in zip(axes, found, strict=False):
+        for y, row in enumerate(one.cells):
+            for x, cell in enumerate(row):
+                if cell is None:
+                    continue
+                # The clearer the win, the stronger the colour.
+                gain = 1.0 if cell.speedup is None else min(1.0, cell.speedup - 1.0)
+                box = Rectangle((x, y), 1, 1, facecolor=colours[cell.backend], edgecolor="white")
+                box.set_alpha(0.35 + 0.65 * gain)
+                axis.add_patch(box)
+                axis.text(x + 0.5, y + 0.5, _times(cell), ha="center", va="center", fontsize=8)
+        axis.set_xlim(0, len(one.lengths))
+        axis.set_ylim(0, len(one.shares))
+        ticks = [f"{n // 1024}k" if n >= 1024 else str(n) for n in one.lengths]
+        axis.set_xticks([x + 0.5 for x in range(len(one.lengths))], ticks, fontsize=8)
+        shares = [f"{share:.0%}" for share in one.shares]
+        axis.set_yticks([y + 0.5 for y in range(len(one.shares))], shares, fontsize=8)
+        axis.set_xlabel("padded length in tokens", fontsize=8)
+        axis.set_ylabel("padding", fontsize=8)
+        axis.set_title(one.title, fontsize=8.5)
+        axis.tick_params(length=0)
+    for axis in axes[len(found) :]:
+        axis.axis("off")
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
+    figure.suptitle(
+        f"{name}: the fastest backend, and how many times as fast as the next one", fontsize=11
+    )
+    figure.savefig(path, dpi=110, format="png")

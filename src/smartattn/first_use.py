@@ -1,0 +1,142 @@
+"""Backends that build kernels for every new shape, and when that pays.
+
+cuDNN, to which torch's SDPA goes on recent GPUs, needs tens of milliseconds for the first call of
+each shape; a decoding step, whose keys are one more every time, never sees a shape again. Such a
+backend is used for a shape once the time lost to the next best one adds up to what building costs:
+the rule that is never worse than twice the best (renting skis until the rent would have bought
+them).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .backends import Backend
+from .call import Call, Runner
+from .choose import Decision
+from .plan import Plan
+
+#: Shapes that are remembered.
+_MOST = 65_536
+
+
+@dataclass(slots=True)
+class _Shape:
+    #: Microseconds lost so far by not building.
+    lost_us: float = 0.0
+    built: bool = False
+
+
+class FirstUses:
+    """Which backend has been built for which shapes, and what not building has cost.
+
+    Args:
+        backends: all that a decision may be about.
+    """
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self._backends = {backend.name: backend for backend in backends}
+        self._shapes: dict[Hashable, _Shape] = {}
+
+    def bind(self, decision: Decision, plan: Plan, call: Call) -> tuple[Decision, Runner]:
+        """The decision with what it costs to build taken into account, and its runner."""
+        build_us = decision.verdict.build_us
+        if not build_us:
+            return decision, decision.backend.bind(plan, call)
+        shape = self._shape(decision.backend, plan, call)
+        other = None if shape.built else self._alternative(decision, plan, call)
+        if other is None:
+            shape.built = True
+            return decision, decision.backend.bind(plan, call)
+        backend, loss_us = other
+        reason = (
+            f"{decision.backend.name} would first have to build kernels for this shape "
+            f"({build_us / 1e3:.0f} ms), which pays once it has come often enough"
+        )
+        chosen = replace(decision, backend=backend, reason=reason)
+        wait = _Waiting(shape, loss_us, build_us, backend, decision.backend, plan, call)
+        return chosen, wait.run
+
+    def _shape(self, backend: Backend, plan: Plan, call: Call) -> _Shape:
+        # torch keeps cuDNN's plans per thread.
+        key = (
+            threading.get_ident(),
+            backend.name,
+            replace(call, features=frozenset(), self_attention=False, has_eager=False),
+            plan.pattern,
+            backend.uses_dense_mask(plan, call),
+        )
+        shape = self._shapes.get(key)
+        if shape is None:
+            if len(self._shapes) >= _MOST:
+                self._shapes.clear()
+            shape = self._shapes[key] = _Shape()
+        return shape
+
+    def _alternative(
+        self, decision: Decision, plan: Plan, call: Call
+    ) -> tuple[Backend, float] | None:
+        """The fastest backend that has nothing to build, and what it takes longer in us."""
+        known_us = decision.predicted_us
+        if known_us is None:
+            return None
+        others = sorted(
+            (verdict.predicted_us, verdict.backend)
+            for verdict in decision.verdicts
+            if verdict.predicted_us is not None and not verdict.build_us
+        )
+        for predicted_us, name in others:
+            backend = self._backends[name]
+            if not backend.refusals(plan, call):
+                return backend, max(0.0, predicted_us - known_us)
+        return None
+
+
+class _Waiting:
+    """Runs one backend until another one is worth building."""
+
+    def __init__(
+        self,
+        shape: _Shape,
+        loss_us: float,
+        build_us: float,
+        now: Backend,
+        later: Backend,
+        plan: Plan,
+        call: Call,
+    ) -> None:
+        self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
+        self._now = now.bind(plan, call)
+        self._later_backend = later
+        self._later: Runner | None = None
+        self._bind_later: Callable[[], Runner] = functools.partial(later.bind, plan, call)
+        # A checkpointed layer must run again as it ran in the forward.
+        self._may_change = not call.grad
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        shape = self._shape
+        if shape.built and self._may_change:
+            if self._later is None:
+                self._later = self._bind_later()
+            try:
+                return self._later(query, key, value, arguments)
+            except Exception as error:
+                # The decision names the backend that runs until then; ``faults`` asks who it was.
+                error.smartattn_backend = self._later_backend  # type: ignore[attr-defined]
+                raise
+        shape.lost_us += self._loss_us
+        if shape.lost_us >= self._build_us:
+            shape.built = True
+        return self._now(query, key, value, arguments)

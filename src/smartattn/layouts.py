@@ -1,0 +1,200 @@
+"""What kernels without a mask need to know of a plan: where each sequence begins and ends.
+
+Everything is computed from the host's numbers and uploaded in one copy; nothing is read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Runs of real tokens on the host; one entry per sequence, all arrays of shape (sequences,).
+
+    Sequence ``i`` owns the queries ``q_start[i] : q_start[i] + q_length[i]`` and the keys
+    ``k_start[i] : k_start[i] + k_length[i]`` of batch row ``row[i]``. Where the tokens of a row
+    have holes between them the starts say nothing and ``contiguous`` is False.
+    """
+
+    row: IntArray
+    q_start: IntArray
+    q_length: IntArray
+    k_start: IntArray
+    k_length: IntArray
+    contiguous: bool = True
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenLayout:
+    """The arguments of a variable-length kernel, on the device of the plan.
+
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 of shape (sequences + 1,). ``q_index`` and
+    ``k_index`` hold, for every packed token, its place in the flattened (batch * length) tokens;
+    None means that all tokens are taken in order and nothing has to be gathered. ``used_k``, int32
+    of shape (sequences,), says how many keys of each sequence are real; None means all.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    total_q: int
+    total_k: int
+    q_index: torch.Tensor | None = None
+    k_index: torch.Tensor | None = None
+    used_k: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBounds:
+    """The real keys of each row: ``start[i] : end[i]``, int32 of shape (batch,) on the device."""
+
+    start: torch.Tensor
+    end: torch.Tensor
+
+
+def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
+    """The layout of the real tokens alone, gathered from the padded tensors.
+
+    ``pack_queries`` False keeps every query of a row, padding included, as one sequence of
+    ``q_len``: what cross-attention needs, whose mask speaks of the keys alone.
+    """
+    sequences = _of(plan)
+    q_length = sequences.q_length
+    if not pack_queries:
+        q_length = np.full_like(sequences.k_length, plan.q_len)
+    cu_q, cu_k = _cumulative(q_length), _cumulative(sequences.k_length)
+    # A sequence's first place among the padded tokens, less that among the packed ones.
+    offset_q = sequences.row * plan.q_len + sequences.q_start - cu_q[:-1]
+    offset_k = sequences.row * plan.kv_len + sequences.k_start - cu_k[:-1]
+    total_q, total_k = int(cu_q[-1]), int(cu_k[-1])
+    parts = _uploaded([cu_q, cu_k, offset_q, offset_k, q_length, sequences.k_length], plan.device)
+    q_index = k_index = None
+    if pack_queries and total_q != plan.batch * plan.q_len:
+        q_index = _token_index(plan, parts[2], parts[4], total_q, queries=True)
+    if total_k != plan.batch * plan.kv_len:
+        k_index = (
+            q_index
+            if q_index is not None and plan.is_aligned and plan.q_len == plan.kv_len
+            else _token_index(plan, parts[3], parts[5], total_k, queries=False)
+        )
+    longest_q = int(q_length.max(initial=0))
+    if longest_q == 1 and total_q != len(sequences):
+        # FlashAttention-2 takes a longest query of 1 for exactly one query per sequence.
+        longest_q = 2
+    return VarlenLayout(
+        cu_seqlens_q=parts[0],
+        cu_seqlens_k=parts[1],
+        max_seqlen_q=longest_q,
+        max_seqlen_k=int(sequences.k_length.max(initial=0)),
+        total_q=total_q,
+        total_k=total_k,
+        q_index=q_index,
+        k_index=k_index,
+    )
+
+
+def in_place_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
+    """The layout of the padded tensors as they lie in memory, for contiguous real tokens.
+
+    The padding between the sequences becomes sequences of its own without a single key, for which
+    a kernel writes zeros and computes nothing: 2 * sequences + 1 in all.
+    """
+    sequences = _of(plan)
+    if not sequences.contiguous:
+        raise ValueError("tokens with holes between them cannot be read in place")
+    q_start, q_length = sequences.q_start, sequences.q_length
+    if not pack_queries:
+        q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
+    cu_q = _alternating(sequences.row * plan.q_len + q_start, q_length, plan.batch * plan.q_len)
+    cu_k = _alternating(
+        sequences.row * plan.kv_len + sequences.k_start,
+        sequences.k_length,
+        plan.batch * plan.kv_len,
+    )
+    used = np.zeros(2 * len(sequences) + 1, dtype=np.int64)
+    used[1::2] = sequences.k_length
+    parts = _uploaded([cu_q, cu_k, used], plan.device)
+    return VarlenLayout(
+        cu_seqlens_q=parts[0],
+        cu_seqlens_k=parts[1],
+        # Padding too has to be written; and 1 would mean exactly one query per sequence.
+        max_seqlen_q=max(2, int(np.diff(cu_q).max())),
+        max_seqlen_k=max(1, int(sequences.k_length.max(initial=0))),
+        total_q=plan.batch * plan.q_len,
+        total_k=plan.batch * plan.kv_len,
+        used_k=parts[2],
+    )
+
+
+def key_bounds(plan: Plan) -> KeyBounds:
+    """Where the keys of each row begin and end, for kernels that take offsets into a cache."""
+    sequences = _of(plan)
+    if not sequences.contiguous or len(sequences) != plan.batch:
+        raise ValueError("only rows of one sequence without holes have two bounds")
+    start, end = _uploaded([sequences.k_start, sequences.k_start + sequences.k_length], plan.device)
+    return KeyBounds(start, end)
+
+
+def upload(values: IntArray, device: torch.device) -> torch.Tensor:
+    """Host integers as an int32 tensor on ``device``, without waiting for the device."""
+    tensor = torch.from_numpy(values.astype(np.int32))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _of(plan: Plan) -> Sequences:
+    if plan.sequences is None:
+        raise ValueError("a plan made from a dense mask has no variable-length layout")
+    return plan.sequences
+
+
+def _alternating(start: IntArray, length: IntArray, total: int) -> IntArray:
+    """Bounds of gap, sequence, gap, ..., gap over ``total`` tokens."""
+    bounds = np.empty(2 * len(start) + 2, dtype=np.int64)
+    bounds[0], bounds[-1] = 0, total
+    bounds[1:-1:2] = start
+    bounds[2:-1:2] = start + length
+    return bounds
+
+
+def _uploaded(arrays: Items[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:
+    together = upload(np.concatenate(arrays), device)
+    return torch.split(together, [len(array) for array in arrays])
+
+
+def _token_index(
+    plan: Plan, offset: torch.Tensor, length: torch.Tensor, total: int, *, queries: bool
+) -> torch.Tensor:
+    if _of(plan).contiguous:
+        # output_size keeps repeat_interleave from asking the device how long it gets.
+        index = offset.repeat_interleave(length, output_size=total)
+        return (index + torch.arange(total, dtype=torch.int32, device=plan.device)).long()
+    real = plan.real_keys()
+    assert real is not None
+    if queries:
+        real = real[:, plan.shift : plan.shift + plan.q_len]
+    elif plan.visible < plan.kv_len:
+        real = torch.nn.functional.pad(real, (0, plan.kv_len - plan.visible))
+    return torch.nonzero_static(real.reshape(-1), size=total).squeeze(1)
+
+
+def _cumulative(lengths: IntArray) -> IntArray:
+    result = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=result[1:])
+    return result

@@ -1,0 +1,133 @@
+"""``smart_mask``: what Transformers calls once per forward and mask type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import masking_utils as masks
+from transformers.utils.import_utils import is_tracing
+
+from .control import settings_for
+from .mask import PlanMask
+from .patterns import calls_attention_function, packed_despite_cache, recognise
+from .plan import BoolArray, Pattern, Plan
+
+
+def smart_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masks.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask function of ``"smart"``: measures the batch, with at most one copy to the host.
+
+    Arguments are those of ``transformers.masking_utils.sdpa_mask``.
+
+    Returns:
+        A :class:`~smartattn.mask.PlanMask`. While a graph is traced, what ``sdpa`` would get; where
+        a compiled step follows (decoding with a static cache), and for models that never call the
+        attention function, what eager attention would get.
+    """
+    arguments: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    if is_tracing(attention_mask) or torch.device(device).type == "meta":
+        # A graph of one model must not mix kinds of masks: here all are what sdpa gets.
+        mask: torch.Tensor | None = masks.sdpa_mask(
+            **arguments,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        )
+        return mask if calls_attention_function(config) else additive(mask, dtype)
+    known = recognise(mask_function, kv_length + kv_offset)
+    # generate compiles the decode step of a static cache, but makes its mask outside of it.
+    may_be_compiled = isinstance(q_offset, torch.Tensor) and q_length == 1
+    flat = attention_mask is None or attention_mask.ndim == 2
+    if may_be_compiled or not flat or not calls_attention_function(config):
+        mask = masks.eager_mask(
+            **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
+        return mask
+    where = torch.device(device)
+    if known.pattern is Pattern.OTHER:
+        mask = masks.sdpa_mask(
+            **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+        )
+        plan = Plan(batch_size, q_length, kv_length, Pattern.OTHER, where, given=mask)
+        plan.settings = settings_for(config)
+        return PlanMask(plan, dtype)
+    real = real_on_device = packed = None
+    if attention_mask is not None:
+        padded = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        assert padded is not None
+        real_on_device = padded[:, kv_offset : kv_offset + kv_length]
+    real, offset = _read(real_on_device, q_offset)
+    if known.packed_ids is not None:
+        packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)
+    elif attention_mask is None and offset == kv_offset and q_length == kv_length > 1:
+        packed = packed_despite_cache(batch_size, q_length)
+    plan = Plan(
+        batch_size,
+        q_length,
+        kv_length,
+        known.pattern,
+        where,
+        shift=offset - kv_offset,
+        window=known.window,
+        real=real,
+        real_on_device=real_on_device,
+        packed=packed,
+    )
+    plan.settings = settings_for(config)
+    return PlanMask(plan, dtype)
+
+
+def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A boolean mask as eager attention adds it; another one as it is."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), lowest(dtype))
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What Transformers adds to the scores of hidden keys."""
+    return torch.finfo(dtype).min
+
+
+def _read(real: torch.Tensor | None, q_offset: int | torch.Tensor) -> tuple[BoolArray | None, int]:
+    """The 2D mask and the offset of the first query on the host, with one copy for both."""
+    if not isinstance(q_offset, torch.Tensor):
+        return None if real is None else _to_host(real), q_offset
+    if real is None:
+        return None, int(q_offset)
+    both = torch.cat((real.reshape(-1).to(torch.int32), q_offset.reshape(1).to(torch.int32)))
+    values = both.cpu().numpy()
+    return values[:-1].reshape(real.shape).astype(bool), int(values[-1])
+
+
+def _to_host(flags: torch.Tensor) -> BoolArray:
+    array: BoolArray = flags.cpu().numpy()
+    return array

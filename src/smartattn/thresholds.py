@@ -1,0 +1,99 @@
+"""Who wins from which key length on: what the cost models say, for people to read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .cost import Cost, Layout, Predictor, Regime
+from .profile import Threshold, Winner
+from .workload import Side, Workload
+
+#: The key lengths and padding shares at which thresholds are looked for.
+THRESHOLD_LENGTHS = tuple(
+    round(2**exponent * step) for exponent in range(5, 17) for step in (1.0, 1.5)
+)
+THRESHOLD_SHARES = (0.1, 0.3, 0.5, 0.75)
+
+
+def thresholds(costs: Sequence[Cost], device: torch.device) -> list[Threshold]:
+    """Who wins from which key length on, for a usual shape of each regime with several backends."""
+    predictor = Predictor(costs)
+    backends: dict[Regime, list[Cost]] = defaultdict(list)
+    for cost in costs:
+        backends[cost.regime].append(cost)
+    found = []
+    for regime, rivals in sorted(backends.items()):
+        if len(rivals) < 2:
+            continue
+        longest = max(cost.longest_kv_len for cost in rivals)
+        for share in THRESHOLD_SHARES if regime.layout in ("padded", "right") else (0.0,):
+            usual = _usual(regime, share)
+            names = [cost.backend for cost in rivals]
+            winners = _winners(usual, regime.layout, predictor, names, longest, device)
+            if winners:
+                found.append(
+                    Threshold(
+                        mode=regime.mode,
+                        layout=regime.layout,
+                        causal=regime.causal,
+                        dtype=regime.dtype,
+                        head_dim=regime.head_dim,
+                        batch=usual.batch if regime.layout != "packed" else usual.sequences,
+                        heads=usual.heads,
+                        kv_heads=usual.kv_heads,
+                        padding_share=share,
+                        winners=tuple(winners),
+                    )
+                )
+    return found
+
+
+def _usual(regime: Regime, share: float) -> Workload:
+    sides: dict[str, Side] = {"right": "right", "padded": "left", "packed": "packed"}
+    packed = regime.layout == "packed"
+    return Workload(
+        mode=regime.mode,
+        causal=regime.causal,
+        side=sides.get(regime.layout, "none"),
+        dtype=regime.dtype,
+        batch=1 if packed else 8,
+        q_len=1,
+        kv_len=1,
+        heads=16,
+        kv_heads=16,
+        head_dim=regime.head_dim,
+        sequences=8 if packed else 0,
+        padding_share=share,
+    )
+
+
+def _winners(
+    usual: Workload,
+    layout: Layout,
+    predictor: Predictor,
+    names: list[str],
+    longest: int,
+    device: torch.device,
+) -> list[Winner]:
+    """The winners by key length; of a packed batch, by the mean length of its sequences."""
+    winners: list[Winner] = []
+    for length in THRESHOLD_LENGTHS:
+        if length > longest:
+            break
+        total = length * max(1, usual.sequences)
+        workload = replace(usual, q_len=1 if usual.mode == "decode" else total, kv_len=total)
+        if layout == "masked":
+            workload = replace(workload, window=max(1, length // 4))
+        plan, call = workload.plan(device), workload.call(device)
+        predicted = [(predictor.predict(name, plan, call), name) for name in names]
+        times = sorted((us, name) for us, name in predicted if us is not None)
+        if len(times) < 2 or times[0][0] <= 0:
+            continue
+        if not winners or winners[-1].backend != times[0][1]:
+            speedup = round(max(1.0, times[1][0] / times[0][0]), 3)
+            winners.append(Winner(from_kv_len=length, backend=times[0][1], speedup=speedup))
+    return winners

@@ -1,0 +1,115 @@
+"""The crossover map: it says what the profile predicts, in the terminal and as a picture."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from smartattn import crossover, profile
+from smartattn.cost import Cost
+from smartattn.profile import Profile
+from smartattn.workload import Workload
+
+CUDA = torch.device("cuda")
+
+
+def cost(backend: str, device_us: dict[str, float], **changes: Any) -> Cost:
+    given: dict[str, Any] = {
+        "mode": "forward",
+        "layout": "padded",
+        "causal": False,
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "host_us": {},
+        "longest_kv_len": 4096,
+        "samples": 9,
+        "median_error": 0.0,
+    }
+    return Cost(backend=backend, device_us=device_us, **{**given, **changes})
+
+
+MADE = Profile(
+    name="made",
+    costs=(
+        cost("sdpa", {"call": 10.0, "dense_pairs": 1.0}),
+        cost("torch_varlen", {"call": 40.0, "real_pairs": 1.0}),
+        # Less was measured of another head_dim, which has no map.
+        cost("sdpa", {"call": 1.0}, head_dim=128, samples=2),
+    ),
+)
+
+
+def test_the_map_is_what_the_profile_predicts() -> None:
+    (one,) = crossover.maps(MADE)
+    assert "bidirectional" in one.title
+    assert "heads of 64" in one.title
+    assert one.lengths[-1] == 4096
+    assert set(one.wins) == {"sdpa", "torch_varlen"}
+    # Nothing was measured without padding.
+    assert one.cells[0] == (None,) * len(one.lengths)
+    for share, row in zip(one.shares[1:], one.cells[1:], strict=True):
+        for length, cell in zip(one.lengths, row, strict=True):
+            workload = Workload(
+                "forward", False, "right", "bfloat16", 16, length, length, 16, 16, 64, 0, 0, share
+            )
+            plan, call = workload.plan(torch.device("cpu")), workload.call(torch.device("cpu"))
+            times = {n: MADE.predict(n, plan, call) or 0.0 for n in ("sdpa", "torch_varlen")}
+            assert cell is not None
+            assert times[cell.backend] == min(times.values())
+            assert cell.speedup == pytest.approx(max(times.values()) / min(times.values()))
+
+
+def test_the_map_prints_a_letter_per_winner() -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    crossover.show(crossover.maps(MADE), console)
+    text = console.export_text()
+    assert "S sdpa" in text
+    assert "T torch_varlen" in text
+    assert "S3.9" in text
+    assert "T" in text.split("90%")[1].splitlines()[0]
+    assert "4k" in text
+
+
+def test_letters_are_told_apart() -> None:
+    names = ["sdpa", "sdpa_unpadded", "flash_attention_2", "flash_attention_3", "s"]
+    letters = crossover._letters(names)
+    assert len(set(letters.values())) == len(names)
+    assert letters["sdpa"] == "S"
+
+
+def test_a_profile_of_rules_alone_has_no_map() -> None:
+    assert crossover.maps(Profile(name="rules", rules=profile.default_rules())) == []
+
+
+def test_the_picture_is_a_png_of_some_size(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "map.png"
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    crossover.plot(crossover.maps(shipped), "NVIDIA H200", path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 1000
+    assert height > 600
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'")
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(crossover.PlotError, match=r"pip install 'smartattn\[plot\]'"):
+        crossover.plot(crossover.maps(MADE), "made", tmp_path / "map.png")
