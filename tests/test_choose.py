@@ -277,7 +277,7 @@ def test_an_objective_and_a_memory_layout_are_choices_of_their_own() -> None:
 
 
 def test_what_use_may_be_given() -> None:
-    assert SETTINGS.get().objective is None
+    assert SETTINGS.get().objective is None, "latency is the default"
     with use(objective="memory"):
         assert SETTINGS.get().objective == Objective("memory", MEMORY_SLOWDOWN)
         with use(objective="accuracy", max_slowdown=3):

@@ -73,6 +73,20 @@ def test_each_setting_by_itself() -> None:
         assert used(model) == {"sdpa"}
 
 
+def test_the_objective_of_a_model_is_plain_data() -> None:
+    model = tiny_model("llama", "smart")
+    smartattn.configure(model=model, objective="memory")
+    assert model.config.smartattn == {"objective": "memory", "max_slowdown": 1.5}
+    with torch.no_grad(), smartattn.trace() as trace:
+        model(**INPUTS)
+        with smartattn.use(objective="accuracy"):
+            model(**INPUTS)
+    assert [row.objective for row in trace.rows] == [
+        "memory within 1.5 times the fastest",
+        "accuracy",
+    ]
+
+
 def test_defaults_of_the_process_are_those_of_all_threads() -> None:
     model = tiny_model("llama", "smart")
     smartattn.configure(backends="sdpa_unpadded")

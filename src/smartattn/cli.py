@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from . import cli_doctor, cli_explain, cli_models
 from ._version import __version__
+from .cli_errors import UserError
 from .cli_profiles import profiles_app
 from .cli_show import print_thresholds, show
-from .errors import UserError
 
 if TYPE_CHECKING:
     import torch

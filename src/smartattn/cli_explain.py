@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .errors import UserError
+from .cli_errors import UserError
 
 
 def explain(
@@ -42,6 +42,9 @@ def explain(
     pad_output: Annotated[
         Literal["zeros", "sdpa"] | None, typer.Option(help="As in smartattn.use.")
     ] = None,
+    objective: Annotated[
+        Literal["latency", "memory", "accuracy"] | None, typer.Option(help="What is to be small.")
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, cuda:N, or or a measured GPU, here or not: nvidia-h200."),
@@ -67,6 +70,7 @@ def explain(
             decode=decode,
             dtype=dtype,
             pad_output=pad_output,
+            objective=objective,
             device=device,
         )
     except ValueError as error:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from .errors import UserError
+from .cli_errors import UserError
 
 if TYPE_CHECKING:
     from .bench import Benchmark, Row

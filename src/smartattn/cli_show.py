@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .errors import UserError
+from .cli_errors import UserError
 
 if TYPE_CHECKING:
     from .profile import Profile, Threshold

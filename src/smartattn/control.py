@@ -39,8 +39,9 @@ class Settings:
     """
 
     backends: tuple[str, ...] | None = None
-    #: None stands for "zeros", and for the shortest time.
+    #: None stands for "zeros".
     pad_output: PadOutput | None = None
+    #: None stands for the lowest latency.
     objective: Objective | None = None
     trace: Trace | None = None
 
@@ -82,7 +83,7 @@ def use(
         ValueError: an unknown backend, ``pad_output`` or ``objective``, or a ``max_slowdown`` below
             1 or without an objective that it bounds.
     """
-    changes = _checked(backends, pad_output, objective, max_slowdown)
+    changes = checked(backends, pad_output, objective, max_slowdown)
     token = SETTINGS.set(replace(SETTINGS.get(), **changes))
     try:
         yield
@@ -103,8 +104,7 @@ def configure(
     What is not given goes back to the next outer scope: ``configure()`` undoes all.
 
     Args:
-        backends, pad_output, objective, max_slowdown: as for :func:`use`, whose blocks come before
-            these.
+        backends, pad_output, objective, max_slowdown: as for :func:`use`, whose blocks come first.
         model: a model of Transformers. The setting is kept in its configuration, under
             ``smartattn``, and stays with copies, pickles and ``save_pretrained``.
 
@@ -112,7 +112,7 @@ def configure(
         ValueError: as for :func:`use`.
         TypeError: ``model`` has no configuration.
     """
-    changes = _checked(backends, pad_output, objective, max_slowdown)
+    changes = checked(backends, pad_output, objective, max_slowdown)
     if model is None:
         global _process
         _process = replace(_DEFAULT, **changes) if changes else _DEFAULT
@@ -125,19 +125,6 @@ def configure(
             setattr(config, ATTRIBUTE, _plain(changes))
         elif ATTRIBUTE in vars(config):
             delattr(config, ATTRIBUTE)
-
-
-def _plain(changes: dict[str, Any]) -> dict[str, Any]:
-    """Changes as they are after a visit to JSON, in the words of :func:`configure`."""
-    plain = dict(changes)
-    if "backends" in plain:
-        plain["backends"] = list(plain["backends"])
-    if "objective" in plain:
-        objective = plain.pop("objective")
-        plain["objective"] = objective.goal
-        if objective.max_slowdown is not None:
-            plain["max_slowdown"] = objective.max_slowdown
-    return plain
 
 
 def settings_for(config: Any) -> Settings:
@@ -176,9 +163,9 @@ def _of_model(given: Any) -> dict[str, Any]:
     if given is None:
         return {}
     try:
-        if not isinstance(given, dict) or given.keys() - set(_WORDS):
-            raise ValueError(f"takes {', '.join(_WORDS)}")
-        return _checked(*(given.get(word) for word in _WORDS))
+        if not isinstance(given, dict) or given.keys() - set(_NAMES):
+            raise ValueError(f"takes {', '.join(_NAMES)}")
+        return checked(*(given.get(name) for name in _NAMES))
     except (ValueError, TypeError) as error:
         line = " ".join(f"smartattn ignores {ATTRIBUTE!r} in a configuration: {error}".split())
         if line not in _complained:
@@ -187,13 +174,22 @@ def _of_model(given: Any) -> dict[str, Any]:
         return {}
 
 
-#: What a caller may set, in the order that :func:`_checked` takes them.
-_WORDS = ("backends", "pad_output", "objective", "max_slowdown")
+_NAMES = ("backends", "pad_output", "objective", "max_slowdown")
 
 
-def _checked(
-    backends: Any, pad_output: Any, objective: Any = None, max_slowdown: Any = None
-) -> dict[str, Any]:
+def _plain(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes as JSON holds them."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
+    objective = plain.get("objective")
+    if isinstance(objective, Objective):
+        plain["objective"] = objective.goal
+        if objective.max_slowdown is not None:
+            plain["max_slowdown"] = objective.max_slowdown
+    return plain
+
+
+def checked(backends: Any, pad_output: Any, objective: Any, max_slowdown: Any) -> dict[str, Any]:
+    """Fields of :class:`Settings` for what a caller gave, see :func:`use`."""
     from .backends import BACKENDS
 
     changes: dict[str, Any] = {}

@@ -15,12 +15,11 @@ import torch
 
 from .backends import BACKENDS
 from .call import Call
-from .choose import Decision, UnsupportedCallError, choose
-from .control import PadOutput, settings_for
+from .choose import LATENCY, Decision, Goal, UnsupportedCallError, choose
+from .control import PadOutput, Settings, checked, settings_for
 from .cost import Mode
 from .machine import versions
 from .plan import Plan
-from .profile import Profile
 from .target import Target, target_of
 from .workload import WORDS, Side, Workload, as_padded
 
@@ -38,10 +37,14 @@ class Option:
     """One backend. ``predicted_us`` is None where its profile holds no measurement."""
 
     backend: str
-    #: "slower" and "unmeasured" backends could run the call; "set aside" ones too, but are not
+    #: "slower" (or faster by too little to count, or worse by another objective) and "unmeasured"
+    #: backends could run the call; "set aside" ones too, but are not
     #: considered, for the reason given; "refuses": cannot run it exactly.
     status: Status
     predicted_us: float | None
+    #: Peak memory in bytes, and error against float64 relative to the largest value.
+    predicted_bytes: float | None
+    expected_error: float | None
     #: All reasons why it cannot run the call, or why it is set aside.
     reasons: tuple[str, ...]
 
@@ -60,6 +63,8 @@ class Explanation:
 
     workload: Workload
     pad_output: PadOutput
+    #: What is to be small, e.g. "latency".
+    objective: str
     #: The device in words, and what is assumed of it because it is not this machine's.
     device: str
     assumption: str | None
@@ -136,6 +141,8 @@ def explain(
     dtype: torch.dtype | str | None = None,
     pad_output: PadOutput | None = None,
     backends: Sequence[str] | None = None,
+    objective: Goal | None = None,
+    max_slowdown: float | None = None,
     device: torch.device | str | None = None,
 ) -> Explanation:
     """What ``"smart"`` would choose for one attention call, and why.
@@ -152,7 +159,8 @@ def explain(
         grad: forward and backward instead of the forward alone.
         decode: one query per sequence.
         dtype: of the tensors; None is bfloat16 on a GPU and float32 on a CPU.
-        pad_output, backends: as in :func:`smartattn.use`; None is what is in force here.
+        pad_output, backends, objective, max_slowdown: as in :func:`smartattn.use`; None is what is
+            in force here.
         device: "cpu", "cuda", "cuda:N", or the name of a device that a profile was measured on,
             such as "NVIDIA H200". None is the GPU if there is one.
 
@@ -188,23 +196,19 @@ def explain(
         padding_share=padding,
     )
     _check(workload)
-    settings = settings_for(None)
-    keep = pad_output or settings.pad_output or "zeros"
-    allowed = tuple(backends) if backends is not None else settings.backends
-    return _explained(workload, target, keep, allowed)
+    given = checked(backends, pad_output, objective, max_slowdown)
+    return _explained(workload, target, replace(settings_for(None), **given))
 
 
 # -- the answer ----------------------------------------------------------------------------------
 
 
-def _explained(
-    workload: Workload, target: Target, keep: PadOutput, allowed: tuple[str, ...] | None
-) -> Explanation:
+def _explained(workload: Workload, target: Target, settings: Settings) -> Explanation:
     profile = target.found.profile
-    plan, call = _request(workload, target, keep)
+    plan, call = _request(workload, target, settings)
     decision: Decision | None = None
     try:
-        decision = choose(plan, call, profile, BACKENDS, allowed, ask=target.ask)
+        decision = _choose(plan, call, target, settings)
         reason = decision.reason
     except UnsupportedCallError as error:
         reason = str(error)
@@ -214,7 +218,8 @@ def _explained(
     path = target.found.path
     return Explanation(
         workload=workload,
-        pad_output=keep,
+        pad_output=settings.pad_output or "zeros",
+        objective=str(settings.objective or LATENCY),
         device=str(target.identity or target.device),
         assumption=None
         if target.here
@@ -225,30 +230,36 @@ def _explained(
         version_differences=tuple(differences),
         backend=decision.backend.name if decision else None,
         reason=reason,
-        options=_options(plan, call, profile, target, allowed, decision),
-        winners=_winners(workload, target, keep, allowed) if decision else (),
+        options=_options(plan, call, target, settings, decision),
+        winners=_winners(workload, target, settings) if decision else (),
     )
 
 
-def _request(workload: Workload, target: Target, keep: PadOutput) -> tuple[Plan, Call]:
+def _request(workload: Workload, target: Target, settings: Settings) -> tuple[Plan, Call]:
     workload = as_padded(workload)
     call = workload.call(target.device)
-    call = replace(call, keep_padding_output=keep == "sdpa", has_eager=True)
+    call = replace(call, keep_padding_output=settings.pad_output == "sdpa", has_eager=True)
     return workload.plan(target.device), call
+
+
+def _choose(plan: Plan, call: Call, target: Target, settings: Settings) -> Decision:
+    objective = settings.objective or LATENCY
+    profile = target.found.profile
+    return choose(plan, call, profile, BACKENDS, settings.backends, objective, target.ask)
 
 
 def _options(
     plan: Plan,
     call: Call,
-    profile: Profile,
     target: Target,
-    allowed: tuple[str, ...] | None,
+    settings: Settings,
     decision: Decision | None,
 ) -> tuple[Option, ...]:
+    profile, allowed = target.found.profile, settings.backends
     options = []
     for backend in BACKENDS:
         refusals = target.ask(backend, plan, call)
-        predicted = None if refusals else profile.predict(backend.name, plan, call)
+        estimate = None if refusals else profile.estimate(backend.name, plan, call)
         status: Status
         reasons = tuple(refusals)
         if decision is not None and backend.name == decision.backend.name:
@@ -263,15 +274,22 @@ def _options(
             size = f"{call.q_len:,} x {call.kv_len:,}"
             status, reasons = "set aside", (f"would need a mask of {size} for packed sequences",)
         else:
-            status = "unmeasured" if predicted is None else "slower"
-        options.append(Option(backend.name, status, predicted, reasons))
+            status = "unmeasured" if estimate is None else "slower"
+        options.append(
+            Option(
+                backend=backend.name,
+                status=status,
+                predicted_us=estimate and estimate.us,
+                predicted_bytes=estimate and estimate.peak_bytes,
+                expected_error=estimate and estimate.error,
+                reasons=reasons,
+            )
+        )
     order: list[Status] = ["chosen", "slower", "unmeasured", "set aside", "refuses"]
     return tuple(sorted(options, key=lambda o: (order.index(o.status), o.predicted_us or 0.0)))
 
 
-def _winners(
-    workload: Workload, target: Target, keep: PadOutput, allowed: tuple[str, ...] | None
-) -> tuple[Winner, ...]:
+def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Winner, ...]:
     """The choice at growing lengths. A change is narrowed down to a few tokens."""
     shortest = max(_SHORTEST, 2 * workload.sequences)
     if workload.batch * shortest > MAX_TOKENS:
@@ -280,10 +298,9 @@ def _winners(
     def chosen(length: int) -> str:
         q_len = 1 if workload.mode == "decode" else length
         other = replace(workload, kv_len=length, q_len=q_len)
-        plan, call = _request(other, target, keep)
+        plan, call = _request(other, target, settings)
         try:
-            profile = target.found.profile
-            return choose(plan, call, profile, BACKENDS, allowed, ask=target.ask).backend.name
+            return _choose(plan, call, target, settings).backend.name
         except UnsupportedCallError:
             return "none"
 
@@ -356,8 +373,7 @@ def format_us(microseconds: float | None) -> str:
 
 def _remark(option: Option, best: float | None) -> str:
     if option.status == "slower" and best and option.predicted_us is not None:
-        ratio = option.predicted_us / best
-        return f"{ratio:.2f} times as long" if ratio >= 1 else "predicted faster, not chosen"
+        return f"{option.predicted_us / best:.2f} times as long"
     if option.status == "unmeasured":
         return "could run it; not measured"
     if option.status in ("refuses", "set aside"):

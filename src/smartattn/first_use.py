@@ -116,6 +116,7 @@ class _Waiting:
     ) -> None:
         self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
         self._now = now.bind(plan, call)
+        self._later_backend = later
         self._later: Runner | None = None
         self._bind_later = later
         # A checkpointed layer must run again as it ran in the forward.
@@ -132,7 +133,12 @@ class _Waiting:
         if shape.built and self._may_change:
             if self._later is None:
                 self._later = self._bind_later()
-            return self._later(query, key, value, arguments)
+            try:
+                return self._later(query, key, value, arguments)
+            except Exception as error:
+                # The decision names the backend that runs until then; ``faults`` asks who it was.
+                error.smartattn_backend = self._later_backend  # type: ignore[attr-defined]
+                raise
         shape.lost_us += self._loss_us
         if shape.lost_us >= self._build_us:
             shape.built = True

@@ -87,7 +87,8 @@ class Trace:
 
     def _row(self, plan: Plan, call: Call, decision: Decision) -> TraceRow:
         facts = plan.describe()
-        key = (*facts.items(), call, decision.backend.name, decision.reason, decision.objective)
+        name = decision.backend.name
+        key = (*facts.items(), call, name, decision.reason, decision.objective)
         row = self._rows.get(key)
         if row is None:
             row = self._rows[key] = _row(facts, call, decision)

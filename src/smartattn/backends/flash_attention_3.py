@@ -96,6 +96,9 @@ class FlashAttention3Backend(Backend):
     def unavailable(self) -> str | None:
         return _operator()[1]
 
+    def remedy(self) -> str | None:
+        return None if self.unavailable() is None else "pip install fa3-fwd"
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):

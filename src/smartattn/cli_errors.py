@@ -1,4 +1,4 @@
-"""What the commands raise for the command line to print."""
+"""What the command line says of mistakes."""
 
 from __future__ import annotations
 
