@@ -36,17 +36,21 @@ _check_transformers()
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
 from .control import trace, use  # noqa: E402
 from .integration import register  # noqa: E402
-from .record import Trace, TraceRow  # noqa: E402
+from .padding_free import padded, padding_free  # noqa: E402
+from .record import StackRow, Trace, TraceRow  # noqa: E402
 
 register()
 
 __all__ = [
     "Decision",
+    "StackRow",
     "Trace",
     "TraceRow",
     "UnsupportedCallError",
     "Verdict",
     "__version__",
+    "padded",
+    "padding_free",
     "register",
     "trace",
     "use",

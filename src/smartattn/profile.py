@@ -22,6 +22,7 @@ from .cost import BackendName, Cost, Layout, Mode, Predictor
 from .files import StrPath, read_bounded, write_atomically
 from .machine import Device, Line, Record, Versions, identify, versions
 from .plan import Plan
+from .stack_rule import StackRule
 
 logger = logging.getLogger("smartattn")
 
@@ -130,6 +131,8 @@ class Profile(Record):
     date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     run: Run | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=1000)] = ()
+    #: When padding-free models leave the padding out; without any, those of the built-in default.
+    padding_free: Annotated[tuple[StackRule, ...], Field(max_length=1000)] = ()
     thresholds: Annotated[tuple[Threshold, ...], Field(max_length=5000)] = ()
     costs: Annotated[tuple[Cost, ...], Field(max_length=10_000)] = ()
 
@@ -280,6 +283,19 @@ def default_rules() -> tuple[Rule, ...]:
         return load(shipped_profiles() / "default.json").rules
     except ProfileError:
         return ()
+
+
+@functools.cache
+def _default_stack_rules() -> tuple[StackRule, ...]:
+    try:
+        return load(shipped_profiles() / "default.json").padding_free
+    except ProfileError:
+        return ()
+
+
+def stack_rules(profile: Profile) -> tuple[StackRule, ...]:
+    """When a padding-free model leaves the padding out: a profile's own rules or the default's."""
+    return profile.padding_free or _default_stack_rules()
 
 
 def find(device: Device | None, given: StrPath | None = None) -> Found:

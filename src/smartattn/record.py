@@ -31,10 +31,23 @@ class TraceRow:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(slots=True)
+class StackRow:
+    """Forwards of a padding-free model that went the same way for the same reason."""
+
+    model: str
+    #: Facts about the last of these batches; None where no mask was measured.
+    facts: dict[str, Any] | None
+    packed: bool
+    reason: str
+    calls: int = 0
+
+
 class Trace:
     """Choices in the order in which they were first made; see :func:`smartattn.trace`."""
 
     def __init__(self) -> None:
+        self._stacks: dict[tuple[str, bool, str], StackRow] = {}
         self._rows: dict[Any, TraceRow] = {}
         self._seen: dict[int, tuple[Plan, Decision, TraceRow]] = {}
 
@@ -55,6 +68,20 @@ class Trace:
                 row = self._rows[key] = _row(facts, call, decision)
             seen = self._seen[id(decision)] = (plan, decision, row)
         seen[2].calls += 1
+
+    @property
+    def stacks(self) -> list[StackRow]:
+        """What became of the forwards of padding-free models; see ``smartattn.padding_free``."""
+        return list(self._stacks.values())
+
+    def record_stack(self, model: str, plan: Plan | None, packed: bool, reason: str) -> None:
+        """Counts one forward of a padding-free model."""
+        key = (model, packed, reason)
+        row = self._stacks.get(key)
+        if row is None:
+            row = self._stacks[key] = StackRow(model, None, packed, reason)
+        row.facts = None if plan is None else plan.describe()
+        row.calls += 1
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain values, fit for JSON."""
@@ -87,10 +114,14 @@ class Trace:
                 )
             )
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]) - 1)]
-        return "\n".join(
+        lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
             for line in table
-        )
+        ]
+        for stack in self.stacks:
+            how = "without padding" if stack.packed else "padded"
+            lines.append(f"{stack.model}: {stack.calls} forwards {how}, {stack.reason}")
+        return "\n".join(lines)
 
 
 def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:

@@ -1,0 +1,426 @@
+"""Forwards whose layers see real tokens alone: hooks around a model's stack of layers.
+
+The model itself embeds the padded batch, makes positions and masks as ever; before the first layer
+the real tokens are gathered into one row, (1, total, hidden), and after the last one they are put
+back. Nothing of Transformers is replaced: the hooks are those of :class:`torch.nn.Module`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .backends import BACKENDS
+from .call import Call
+from .choose import Chooser, UnsupportedCallError
+from .control import SETTINGS, Settings
+from .heads import Guard, guard_for
+from .integration import NAME
+from .mask import PlanMask
+from .packed_stack import (
+    Packing,
+    UnpackableError,
+    argument_refusal,
+    pack_argument,
+    packed_plan,
+    plan_refusal,
+)
+from .plan import Padding, Plan
+from .profile import profile_for, stack_rules
+from .stack_rule import stack_rule
+from .stacks import Stack, find_stack, parameter_names
+
+logger = logging.getLogger("smartattn")
+
+#: Where a model keeps its hooks while it is padding-free.
+_ATTRIBUTE = "_smartattn_padding_free"
+#: Outputs that a model collects from inside of its layers, and whose shapes packing would change.
+_COLLECTED = ("output_attentions", "output_router_logits")
+
+_chooser = Chooser(BACKENDS)
+
+
+def padding_free(model: nn.Module, *, always: bool = False) -> Scope:
+    """Makes a model's layers see real tokens alone, until :func:`padded` or the end of ``with``.
+
+    The forward keeps its signature and the shapes of its outputs, which are zeros at padding
+    positions; what a head makes of them is its own. A forward that cannot be packed exactly runs
+    as before, and :func:`smartattn.trace` says why.
+
+    Args:
+        model: a model of Transformers under ``attn_implementation="smart"``.
+        always: pack whenever it is exact, whether or not the profile says that it pays.
+
+    Returns:
+        A context manager that puts back what was before; it may be ignored.
+
+    Raises:
+        ValueError: padding can never be taken out of this model, or it runs another implementation.
+    """
+    stack = find_stack(model)
+    implementation = stack.base.config._attn_implementation
+    if implementation != NAME:
+        raise ValueError(
+            f"{stack.name} runs attn_implementation={implementation!r}: padding_free needs {NAME!r}"
+        )
+    if getattr(stack.base.config, "chunk_size_feed_forward", 0):
+        raise ValueError(f"{stack.name} has chunk_size_feed_forward, which needs padded lengths")
+    before: _Hooks | None = model.__dict__.get(_ATTRIBUTE)
+    if before is not None:
+        before.remove()
+    hooks = _Hooks(stack, always)
+    hooks.install()
+    return Scope(model, before)
+
+
+def padded(model: nn.Module) -> None:
+    """Undoes :func:`padding_free` without a trace; does nothing where there is nothing to undo."""
+    hooks: _Hooks | None = model.__dict__.get(_ATTRIBUTE)
+    if hooks is not None:
+        hooks.remove()
+
+
+class Scope:
+    """The block within which a model is padding-free; at its end it is as it was before."""
+
+    def __init__(self, model: nn.Module, before: _Hooks | None) -> None:
+        self._model = model
+        self._before = before
+
+    def __enter__(self) -> nn.Module:
+        return self._model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        padded(self._model)
+        if self._before is not None:
+            self._before.install()
+
+
+class _Frame:
+    """What the hooks of one forward share; it ends with that forward.
+
+    Layers that checkpointing runs again find no frame: they go by what is on their plan.
+    """
+
+    __slots__ = ("decided", "guard", "hooks", "opener", "outer", "packing", "reason", "token")
+
+    def __init__(
+        self, hooks: _Hooks, opener: nn.Module, guard: Guard | None, reason: str | None
+    ) -> None:
+        self.hooks = hooks
+        #: The module whose end is the end of this forward.
+        self.opener = opener
+        self.guard = guard
+        self.reason = reason
+        self.decided = False
+        self.packing: Packing | None = None
+        self.outer = _FRAME.get()
+        self.token = _FRAME.set(self)
+
+
+#: The innermost forward of this thread or asyncio task that runs under hooks.
+_FRAME: ContextVar[_Frame | None] = ContextVar("smartattn_forward", default=None)
+
+
+class _Hooks:
+    """The hooks on one model."""
+
+    def __init__(self, stack: Stack, always: bool) -> None:
+        self.stack = stack
+        self.always = always
+        self._handles: list[Any] = []
+        self._names = {type(layer): parameter_names(layer) for layer in stack.layers}
+        self._mask_at = {kind: _position(names) for kind, names in self._names.items()}
+        self._root_names = parameter_names(stack.root)
+
+    def install(self) -> None:
+        """Registers all hooks."""
+        stack = self.stack
+        handles = self._handles
+        for model in dict.fromkeys((stack.root, stack.base)):
+            handles.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
+        for layer in stack.layers:
+            handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+        exits = (stack.norm, stack.module, stack.base)
+        for module in dict.fromkeys(module for module in exits if module is not None):
+            handles.append(module.register_forward_hook(self._put_back))
+        for model in dict.fromkeys((stack.base, stack.root)):
+            handles.append(model.register_forward_hook(self._close, always_call=True))
+        stack.root.__dict__[_ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.stack.root.__dict__.pop(_ATTRIBUTE, None)
+
+    # -- once per forward --------------------------------------------------------------------------
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a forward, at the outermost of the models that have this hook."""
+        if torch.compiler.is_compiling():
+            return
+        frame = self._frame()
+        if frame is None:
+            guard, reason = None, None
+            if module is self.stack.root:
+                values = {**dict(zip(self._root_names, args, strict=False)), **kwargs}
+                guard, reason = guard_for(self.stack, values)
+            frame = _Frame(self, module, guard, reason)
+        config = self.stack.base.config
+        for name in _COLLECTED:
+            if kwargs.get(name, getattr(config, name, False)):
+                frame.reason = f"{name} is asked for"
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        frame = self._frame()
+        if frame is not None and frame.opener is module:
+            _FRAME.reset(frame.token)
+            if not frame.decided and (recorder := SETTINGS.get().trace) is not None:
+                recorder.record_stack(self.stack.name, None, False, "no layer got a mask of smart")
+
+    def _frame(self) -> _Frame | None:
+        frame = _FRAME.get()
+        while frame is not None and frame.hooks is not self:
+            frame = frame.outer
+        return frame
+
+    def _put_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The output of the last norm, of the stack or of the model in the padded layout."""
+        if torch.compiler.is_compiling():
+            return None
+        frame = self._frame()
+        if frame is None or frame.packing is None:
+            return None
+        return _unpacked(output, frame.packing)
+
+    # -- once per layer ----------------------------------------------------------------------------
+
+    def _before_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hands a layer the real tokens in place of the padded batch."""
+        if torch.compiler.is_compiling():
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            at = self._mask_at[type(module)]
+            mask = args[at] if at is not None and at < len(args) else None
+        plan = mask.plan if type(mask) is PlanMask else None
+        if plan is None:
+            return self._unplanned(module, args, kwargs)
+        state = plan.stack
+        if state is None or state[0] is not self:
+            frame = self._frame()
+            if frame is None:
+                return None
+            names = self._names[type(module)]
+            values = {**dict(zip(names, args, strict=False)), **kwargs}
+            state = plan.stack = (self, *self._state(frame, names, plan, values))
+        packing, packed = state[1], state[2]
+        if packing is None:
+            return None
+        names = self._names[type(module)]
+        if packed is None:
+            return _as_padded(packing, names, args, kwargs)
+        try:
+            return (
+                tuple(
+                    _packed(packing, packed, mask, index == 0, name, value)
+                    for index, (name, value) in enumerate(zip(names, args, strict=False))
+                ),
+                {
+                    name: _packed(packing, packed, mask, name == names[0], name, value)
+                    for name, value in kwargs.items()
+                },
+            )
+        except UnpackableError:
+            return _as_padded(packing, names, args, kwargs)
+
+    def _unplanned(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A layer whose mask carries no plan sees the padded batch, whatever came before it."""
+        frame = self._frame()
+        if frame is None or frame.packing is None:
+            return None
+        return _as_padded(frame.packing, self._names[type(module)], args, kwargs)
+
+    # -- once per forward and mask type ------------------------------------------------------------
+
+    def _state(
+        self, frame: _Frame, names: tuple[str, ...], plan: Plan, values: dict[str, Any]
+    ) -> tuple[Packing | None, Plan | None]:
+        """How layers under a plan run: packed by the first and under the second, or padded."""
+        if not frame.decided:
+            frame.decided = True
+            settings = plan.settings or SETTINGS.get()
+            packing = Packing(plan) if plan_refusal(plan) is None else None
+            states = values.pop(names[0])
+            reason = self._refusal(frame, plan, packing, values, settings, states)
+            pays, because = (False, reason) if reason else self._pays(plan)
+            if pays:
+                frame.packing = packing
+            _record(self.stack.name, plan, pays, because, settings)
+        shared = frame.packing
+        if shared is None:
+            return None, None
+        if plan_refusal(plan) is not None or not shared.covers(plan):
+            return shared, None
+        return shared, packed_plan(plan)
+
+    def _refusal(
+        self,
+        frame: _Frame,
+        plan: Plan,
+        packing: Packing | None,
+        values: dict[str, Any],
+        settings: Settings,
+        states: torch.Tensor,
+    ) -> str:
+        """Why this forward cannot be packed exactly; empty if it can."""
+        if packing is None:
+            return plan_refusal(plan) or ""
+        if frame.reason is not None:
+            return frame.reason
+        if settings.pad_output == "sdpa":
+            return "padding positions of the output are to be kept"
+        if not packing.is_padded(states):
+            return "the hidden states do not have the shape of the mask"
+        if plan.padding is Padding.HOLES and self.stack.has_windows:
+            return "a window cannot be packed across holes in the mask"
+        sequences = plan.sequences
+        assert sequences is not None
+        if not plan.is_causal and self.stack.pools_first_token:
+            first = (sequences.k_start == 0) & (sequences.k_length > 0)
+            if not first.all():
+                return "an output is pooled from the first position, which is padding"
+        reason = argument_refusal(packing, values) or self._attention_refusal(
+            plan, states, settings
+        )
+        if reason is None and frame.guard is not None:
+            reason = frame.guard.refusal()
+        return reason or ""
+
+    def _attention_refusal(
+        self, plan: Plan, states: torch.Tensor, settings: Settings
+    ) -> str | None:
+        """Why attention over the packed tokens would need more memory than over padded ones."""
+        packed = packed_plan(plan)
+        call = self._call(packed, states)
+        try:
+            decision = _chooser(packed, call, profile_for(plan.device), settings.backends)
+        except UnsupportedCallError as error:
+            return str(error)
+        backend = decision.backend
+        if packed.is_packed and (backend.last_resort or backend.uses_dense_mask(packed, call)):
+            return f"{backend.name} needs a mask of all tokens by all tokens for packed sequences"
+        return None
+
+    def _call(self, packed: Plan, states: torch.Tensor) -> Call:
+        """What the layers will ask for, as far as the configuration tells."""
+        config = self.stack.base.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or states.shape[-1] // heads
+        dtype = states.dtype
+        if torch.is_autocast_enabled(states.device.type):
+            dtype = torch.get_autocast_dtype(states.device.type)
+        return Call(
+            device=states.device,
+            dtype=dtype,
+            batch=1,
+            q_len=packed.q_len,
+            kv_len=packed.kv_len,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "qk_head_dim", None) or head_dim,
+            value_head_dim=getattr(config, "v_head_dim", None) or head_dim,
+            softcap=getattr(config, "attn_logit_softcapping", None),
+            grad=torch.is_grad_enabled() and states.requires_grad,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            self_attention=True,
+            has_eager=True,
+            features=self.stack.features,
+        )
+
+    def _pays(self, plan: Plan) -> tuple[bool, str]:
+        """Whether packing is worth its copies by the profile in force, and why."""
+        if self.always:
+            return True, "asked for whenever it is exact"
+        profile = profile_for(plan.device)
+        tokens = plan.batch * plan.q_len
+        share = 1.0 - plan.real_q / tokens
+        rule = stack_rule(stack_rules(profile), plan.device.type, tokens, share)
+        if rule is None:
+            return False, f"no rule of profile {profile.name} says that it pays"
+        return rule.pack, f"rule of profile {profile.name}: {rule.because}"
+
+
+def _packed(
+    packing: Packing, packed: Plan, mask: PlanMask, is_states: bool, name: str, value: Any
+) -> Any:
+    """One argument of a layer, for the packed tokens."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if is_states:
+        return packing.pack(value) if packing.is_padded(value) else value
+    if value is mask:
+        return packing.mask(packed, mask.dtype)
+    return pack_argument(packing, name, value)
+
+
+def _as_padded(
+    packing: Packing, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a layer with hidden states in the padded layout; None if they are."""
+    states = args[0] if args else kwargs.get(names[0])
+    if not isinstance(states, torch.Tensor) or not packing.is_packed(states):
+        return None
+    states = packing.unpack(states)
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, {**kwargs, names[0]: states}
+
+
+def _unpacked(output: Any, packing: Packing) -> Any:
+    """An output of any structure with every packed tensor of (1, total, ...) in padded layout."""
+    if isinstance(output, torch.Tensor):
+        return packing.unpack(output) if packing.is_packed(output) else output
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = _unpacked(value, packing)
+        return output
+    if isinstance(output, tuple | list):
+        return type(output)(_unpacked(value, packing) for value in output)
+    return output
+
+
+def _position(names: tuple[str, ...]) -> int | None:
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    logger.info(line)
+
+
+def _record(name: str, plan: Plan, packed: bool, reason: str, settings: Settings) -> None:
+    if settings.trace is not None:
+        settings.trace.record_stack(name, plan, packed, reason)
+    if logger.isEnabledFor(logging.INFO):
+        _log_once(f"{name} runs {'without' if packed else 'with'} its padding: {reason}")
