@@ -18,10 +18,19 @@ from .stacks import Head, Stack
 IGNORED = -100
 #: Arguments of a model that reach its layers or its loss in ways that are known.
 _KNOWN = frozenset(
-    """
-    input_ids inputs_embeds attention_mask position_ids token_type_ids past_key_values labels
-    shift_labels num_items_in_batch logits_to_keep cache_position
-    """.split()
+    [
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "past_key_values",
+        "labels",
+        "shift_labels",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "cache_position",
+    ]
 )
 
 
@@ -39,7 +48,7 @@ class Guard:
         if wrong.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._value.copy_(wrong, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(wrong.device))
         else:
             self._value = wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,13 +48,14 @@ class Packing:
         self._indices: dict[tuple[torch.device, bool], torch.Tensor] = {}
         self._packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[tuple[Plan, torch.dtype], PlanMask] = {}
+        self._last: weakref.ref[torch.Tensor] | None = None
 
     def is_padded(self, states: torch.Tensor) -> bool:
         """Whether a tensor has the (batch, length, ...) of the padded tokens."""
         return states.shape[:2] == (self.batch, self.length)
 
     def is_packed(self, states: torch.Tensor) -> bool:
-        """Whether a tensor has the (1, total, ...) of the packed tokens: never that of the padded."""
+        """Whether a tensor has the (1, total, ...) of the packed tokens, fewer than the padded."""
         return states.ndim > 2 and states.shape[:2] == (1, self.total)
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,13 @@ class Packing:
         rest = states.shape[2:]
         padded = states.new_zeros(self.batch * self.length, *rest)
         padded = padded.index_copy_(0, self._index(states.device), states[0])
-        return padded.view(self.batch, self.length, *rest)
+        padded = padded.view(self.batch, self.length, *rest)
+        self._last = weakref.ref(padded)
+        return padded
+
+    def has_unpacked(self, states: torch.Tensor) -> bool:
+        """Whether a tensor is the one that was unpacked last: it holds zeros at padding."""
+        return self._last is not None and self._last() is states
 
     def shared(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of (1 or batch, length, ...) that all layers get, packed once for all."""
@@ -198,20 +206,20 @@ def _is_per_token(packing: Packing, value: Any) -> bool:
 # -- the cache -------------------------------------------------------------------------------------
 
 
-def _padded_view(cache: Cache, packing: Packing) -> Cache:
+def _padded_view(cache: Cache, packing: Packing) -> Any:
     """The same cache for layers that see packed tokens: it keeps them in the padded layout."""
-    view: Any = object.__new__(_view_class(type(cache)))
+    view: Any = object.__new__(_view_class(type(cache)))  # type: ignore[arg-type]
     view.__dict__ = cache.__dict__
     view._packing = packing
-    return view  # type: ignore[no-any-return]
+    return view
 
 
 @functools.cache
-def _view_class(cache_class: type[Cache]) -> type[Cache]:
+def _view_class(cache_class: Any) -> Any:
     def update(
         self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (1, kv_heads, total, dim) as (batch, kv_heads, length, dim), returns the former."""
+        """Stores (1, kv_heads, total, dim) states as (batch, kv_heads, length, dim)."""
         padded = (
             self._packing.unpack(states.transpose(1, 2)).transpose(1, 2)
             for states in (key_states, value_states)

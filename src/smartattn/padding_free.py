@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from .backends import BACKENDS
-from .call import Call
-from .choose import Chooser, UnsupportedCallError
 from .control import SETTINGS, Settings
 from .heads import Guard, guard_for
 from .integration import NAME
@@ -27,14 +24,12 @@ from .mask import PlanMask
 from .packed_stack import (
     Packing,
     UnpackableError,
-    argument_refusal,
     pack_argument,
     packed_plan,
     plan_refusal,
 )
-from .plan import Padding, Plan
-from .profile import profile_for, stack_rules
-from .stack_rule import stack_rule
+from .plan import Plan
+from .stack_choice import Request, exactness_refusal, worth
 from .stacks import Stack, find_stack, parameter_names
 
 logger = logging.getLogger("smartattn")
@@ -43,8 +38,6 @@ logger = logging.getLogger("smartattn")
 _ATTRIBUTE = "_smartattn_padding_free"
 #: Outputs that a model collects from inside of its layers, and whose shapes packing would change.
 _COLLECTED = ("output_attentions", "output_router_logits")
-
-_chooser = Chooser(BACKENDS)
 
 
 def padding_free(model: nn.Module, *, always: bool = False) -> Scope:
@@ -207,7 +200,19 @@ class _Hooks:
         frame = self._frame()
         if frame is None or frame.packing is None:
             return None
-        return _unpacked(output, frame.packing)
+        packing = frame.packing
+        output = _unpacked(output, packing)
+        if module is not self.stack.base or module is self.stack.module:
+            return output
+        # A norm of the model itself, after the stack, has made something of the zeros.
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if not packing.has_unpacked(states):
+            zeroed = packing.unpack(packing.pack(states))
+            if isinstance(output, ModelOutput):
+                output[next(iter(output))] = zeroed
+            else:
+                output = (zeroed, *output[1:]) if isinstance(output, tuple) else zeroed
+        return output
 
     # -- once per layer ----------------------------------------------------------------------------
 
@@ -221,8 +226,7 @@ class _Hooks:
         if mask is None:
             at = self._mask_at[type(module)]
             mask = args[at] if at is not None and at < len(args) else None
-        plan = mask.plan if type(mask) is PlanMask else None
-        if plan is None:
+        if not isinstance(mask, PlanMask) or (plan := mask.plan) is None:
             return self._unplanned(module, args, kwargs)
         state = plan.stack
         if state is None or state[0] is not self:
@@ -271,9 +275,11 @@ class _Hooks:
             frame.decided = True
             settings = plan.settings or SETTINGS.get()
             packing = Packing(plan) if plan_refusal(plan) is None else None
-            states = values.pop(names[0])
-            reason = self._refusal(frame, plan, packing, values, settings, states)
-            pays, because = (False, reason) if reason else self._pays(plan)
+            request = Request(self.stack, plan, values.pop(names[0]), values, settings)
+            reason = frame.reason or exactness_refusal(request, packing)
+            if reason is None and frame.guard is not None:
+                reason = frame.guard.refusal()
+            pays, because = (False, reason) if reason else worth(request, self.always)
             if pays:
                 frame.packing = packing
             _record(self.stack.name, plan, pays, because, settings)
@@ -283,92 +289,6 @@ class _Hooks:
         if plan_refusal(plan) is not None or not shared.covers(plan):
             return shared, None
         return shared, packed_plan(plan)
-
-    def _refusal(
-        self,
-        frame: _Frame,
-        plan: Plan,
-        packing: Packing | None,
-        values: dict[str, Any],
-        settings: Settings,
-        states: torch.Tensor,
-    ) -> str:
-        """Why this forward cannot be packed exactly; empty if it can."""
-        if packing is None:
-            return plan_refusal(plan) or ""
-        if frame.reason is not None:
-            return frame.reason
-        if settings.pad_output == "sdpa":
-            return "padding positions of the output are to be kept"
-        if not packing.is_padded(states):
-            return "the hidden states do not have the shape of the mask"
-        if plan.padding is Padding.HOLES and self.stack.has_windows:
-            return "a window cannot be packed across holes in the mask"
-        sequences = plan.sequences
-        assert sequences is not None
-        if not plan.is_causal and self.stack.pools_first_token:
-            first = (sequences.k_start == 0) & (sequences.k_length > 0)
-            if not first.all():
-                return "an output is pooled from the first position, which is padding"
-        reason = argument_refusal(packing, values) or self._attention_refusal(
-            plan, states, settings
-        )
-        if reason is None and frame.guard is not None:
-            reason = frame.guard.refusal()
-        return reason or ""
-
-    def _attention_refusal(
-        self, plan: Plan, states: torch.Tensor, settings: Settings
-    ) -> str | None:
-        """Why attention over the packed tokens would need more memory than over padded ones."""
-        packed = packed_plan(plan)
-        call = self._call(packed, states)
-        try:
-            decision = _chooser(packed, call, profile_for(plan.device), settings.backends)
-        except UnsupportedCallError as error:
-            return str(error)
-        backend = decision.backend
-        if packed.is_packed and (backend.last_resort or backend.uses_dense_mask(packed, call)):
-            return f"{backend.name} needs a mask of all tokens by all tokens for packed sequences"
-        return None
-
-    def _call(self, packed: Plan, states: torch.Tensor) -> Call:
-        """What the layers will ask for, as far as the configuration tells."""
-        config = self.stack.base.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or states.shape[-1] // heads
-        dtype = states.dtype
-        if torch.is_autocast_enabled(states.device.type):
-            dtype = torch.get_autocast_dtype(states.device.type)
-        return Call(
-            device=states.device,
-            dtype=dtype,
-            batch=1,
-            q_len=packed.q_len,
-            kv_len=packed.kv_len,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "qk_head_dim", None) or head_dim,
-            value_head_dim=getattr(config, "v_head_dim", None) or head_dim,
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            grad=torch.is_grad_enabled() and states.requires_grad,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            self_attention=True,
-            has_eager=True,
-            features=self.stack.features,
-        )
-
-    def _pays(self, plan: Plan) -> tuple[bool, str]:
-        """Whether packing is worth its copies by the profile in force, and why."""
-        if self.always:
-            return True, "asked for whenever it is exact"
-        profile = profile_for(plan.device)
-        tokens = plan.batch * plan.q_len
-        share = 1.0 - plan.real_q / tokens
-        rule = stack_rule(stack_rules(profile), plan.device.type, tokens, share)
-        if rule is None:
-            return False, f"no rule of profile {profile.name} says that it pays"
-        return rule.pack, f"rule of profile {profile.name}: {rule.because}"
 
 
 def _packed(

@@ -30,7 +30,7 @@ class StackWhen(Record):
 
 
 class StackRule(Record):
-    """Whether to pack the batches that the conditions describe; the first rule that holds counts."""
+    """Whether to pack the batches that the conditions describe."""
 
     when: StackWhen = StackWhen()
     pack: bool

@@ -21,9 +21,102 @@ from transformers import PreTrainedModel
 
 #: Classes whose forward runs the layers, as ``folder.Class`` below ``transformers.models``.
 STACKS = frozenset(
-    """
-    llama.LlamaModel
-    """.split()
+    [
+        "afmoe.AfmoeModel",
+        "albert.AlbertTransformer",
+        "apertus.ApertusModel",
+        "arcee.ArceeModel",
+        "aria.AriaTextModel",
+        "axk1.AXK1Model",
+        "bert.BertEncoder",
+        "biogpt.BioGptModel",
+        "bitnet.BitNetModel",
+        "camembert.CamembertEncoder",
+        "cohere.CohereModel",
+        "cohere2.Cohere2Model",
+        "cohere2_moe.Cohere2MoeModel",
+        "ctrl.CTRLModel",
+        "cwm.CwmModel",
+        "data2vec.Data2VecTextEncoder",
+        "dbrx.DbrxModel",
+        "deepseek_v2.DeepseekV2Model",
+        "deepseek_v3.DeepseekV3Model",
+        "diffllama.DiffLlamaModel",
+        "distilbert.Transformer",
+        "dots1.Dots1Model",
+        "electra.ElectraEncoder",
+        "emu3.Emu3TextModel",
+        "ernie.ErnieEncoder",
+        "ernie4_5.Ernie4_5Model",
+        "ernie4_5_moe.Ernie4_5_MoeModel",
+        "esmc.EsmcModel",
+        "eurobert.EuroBertModel",
+        "exaone4.Exaone4Model",
+        "exaone_moe.ExaoneMoeModel",
+        "flex_olmo.FlexOlmoModel",
+        "gemma.GemmaModel",
+        "gemma2.Gemma2Model",
+        "gemma3.Gemma3TextModel",
+        "glm.GlmModel",
+        "glm4.Glm4Model",
+        "glm4_moe.Glm4MoeModel",
+        "glm4_moe_lite.Glm4MoeLiteModel",
+        "gpt2.GPT2Model",
+        "gpt_bigcode.GPTBigCodeModel",
+        "gpt_neox.GPTNeoXModel",
+        "granite.GraniteModel",
+        "granitemoe.GraniteMoeModel",
+        "granitemoeshared.GraniteMoeSharedModel",
+        "gte.GteModel",
+        "helium.HeliumModel",
+        "hunyuan_v1_dense.HunYuanDenseV1Model",
+        "hunyuan_v1_moe.HunYuanMoEV1Model",
+        "hy_v3.HYV3Model",
+        "hyperclovax.HyperCLOVAXModel",
+        "jais2.Jais2Model",
+        "jetmoe.JetMoeModel",
+        "jina_embeddings_v3.JinaEmbeddingsV3Model",
+        "kolibri1.Kolibri1Model",
+        "laguna.LagunaModel",
+        "llama.LlamaModel",
+        "mellum.MellumModel",
+        "minicpm3.MiniCPM3Model",
+        "minimax_m2.MiniMaxM2Model",
+        "ministral.MinistralModel",
+        "ministral3.Ministral3Model",
+        "mistral.MistralModel",
+        "mistral4.Mistral4Model",
+        "mixtral.MixtralModel",
+        "modernbert.ModernBertModel",
+        "modernbert_decoder.ModernBertDecoderModel",
+        "nanochat.NanoChatModel",
+        "nemotron.NemotronModel",
+        "nomic_bert.NomicBertModel",
+        "olmo.OlmoModel",
+        "olmo2.Olmo2Model",
+        "olmo3.Olmo3Model",
+        "olmoe.OlmoeModel",
+        "opt.OPTDecoder",
+        "persimmon.PersimmonModel",
+        "phi.PhiModel",
+        "phi3.Phi3Model",
+        "qwen2.Qwen2Model",
+        "qwen2_moe.Qwen2MoeModel",
+        "qwen3.Qwen3Model",
+        "qwen3_moe.Qwen3MoeModel",
+        "roberta.RobertaEncoder",
+        "roberta_prelayernorm.RobertaPreLayerNormEncoder",
+        "seed_oss.SeedOssModel",
+        "smollm3.SmolLM3Model",
+        "solar_open.SolarOpenModel",
+        "stablelm.StableLmModel",
+        "starcoder2.Starcoder2Model",
+        "ultrabert.UltrabertModel",
+        "vaultgemma.VaultGemmaModel",
+        "xlm_roberta.XLMRobertaEncoder",
+        "xlm_roberta_xl.XLMRobertaXLEncoder",
+        "youtu.YoutuModel",
+    ]
 )
 
 #: What the normalisation after the last layer is called where a stack has one.
@@ -67,7 +160,7 @@ _HEADS = (
     ("ForMaskedLM", Head.TOKEN),
     ("ForTokenClassification", Head.TOKEN),
     ("ForSequenceClassification", Head.SEQUENCE),
-    ("HeadsModel", None),
+    ("DoubleHeadsModel", None),
     ("Model", Head.NONE),
 )
 
@@ -146,7 +239,7 @@ def find_stack(model: nn.Module) -> Stack:
             base = inner
     norms = (getattr(module, attribute, None) for attribute in _FINAL_NORMS)
     norm = next((n for n in norms if isinstance(n, nn.Module)), None)
-    return Stack(model, base, module, layers, norm, _head(model))
+    return Stack(model, base, module, layers, norm, _head(model, module))
 
 
 def qualified_name(module: nn.Module) -> str | None:
@@ -181,14 +274,18 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
     yield from layers
 
 
-def _head(model: PreTrainedModel) -> Head:
-    name = type(model).__name__
-    for suffix, head in _HEADS:
-        if name.endswith(suffix) or (suffix == "Model" and qualified_name(model) in STACKS):
-            if head is None:
-                break
-            return head
-    raise ValueError(f"{name}: it is not known what its head does with padding positions")
+def _head(model: PreTrainedModel, module: nn.Module) -> Head:
+    """What a model does after its stack; a model that only contains one is not known."""
+    name, stack, root = type(model).__name__, qualified_name(module), qualified_name(model)
+    if model is module:
+        return Head.NONE
+    if root is not None and stack is not None and root.split(".")[0] == stack.split(".")[0]:
+        for suffix, head in _HEADS:
+            if name.endswith(suffix):
+                if head is None:
+                    break
+                return head
+    raise ValueError(f"{name}: it is not known what it does with padding positions of its stack")
 
 
 def _obstacle(model: PreTrainedModel, found: int) -> str:
