@@ -60,6 +60,17 @@ class Guard:
         return self._reason if bool(self._value) else None
 
 
+def reads_last(values: dict[str, Any]) -> bool:
+    """Whether the logits of the last position may be all that the caller is after.
+
+    Generation asks for them alone, or at least hands over the cache that it will go on with.
+    """
+    keep = values.get("logits_to_keep", 0)
+    if values.get("past_key_values") is not None or isinstance(keep, torch.Tensor):
+        return True
+    return bool(keep)
+
+
 def guard_for(stack: Stack, values: dict[str, Any]) -> tuple[Guard | None, str | None]:
     """What must hold for a forward to be packed, and why it cannot be at all.
 

@@ -24,8 +24,8 @@ from .plan import Padding, Plan
 
 #: Arguments of a layer with a value per token, that are packed as the tokens are.
 _PER_TOKEN = frozenset({"position_ids", "position_embeddings"})
-#: Tensors that say nothing about single tokens of the batch.
-_LEFT_ALONE = frozenset({"cache_position"})
+#: Tensors that models hand through their layers to nobody, or that say nothing of single tokens.
+_LEFT_ALONE = frozenset({"cache_position", "labels", "num_items_in_batch", "shift_labels"})
 _CACHES = (DynamicCache, StaticCache)
 _CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 

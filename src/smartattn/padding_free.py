@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 from .control import SETTINGS, Settings
-from .heads import Guard, guard_for
+from .heads import Guard, guard_for, reads_last
 from .integration import NAME
 from .mask import PlanMask
 from .packed_stack import (
@@ -45,7 +45,8 @@ def padding_free(model: nn.Module, *, always: bool = False) -> Scope:
 
     The forward keeps its signature and the shapes of its outputs, which are zeros at padding
     positions; what a head makes of them is its own. A forward that cannot be packed exactly runs
-    as before, and :func:`smartattn.trace` says why.
+    as before, and :func:`smartattn.trace` says why. Checkpointed layers run again in the backward,
+    which therefore belongs into the block as well.
 
     Args:
         model: a model of Transformers under ``attn_implementation="smart"``.
@@ -107,16 +108,18 @@ class _Frame:
     Layers that checkpointing runs again find no frame: they go by what is on their plan.
     """
 
-    __slots__ = ("decided", "guard", "hooks", "opener", "outer", "packing", "reason", "token")
+    __slots__ = (
+        "decided", "guard", "hooks", "opener", "outer", "packing", "reads_last", "reason", "token"
+    )  # fmt: skip
 
-    def __init__(
-        self, hooks: _Hooks, opener: nn.Module, guard: Guard | None, reason: str | None
-    ) -> None:
+    def __init__(self, hooks: _Hooks, opener: nn.Module) -> None:
         self.hooks = hooks
         #: The module whose end is the end of this forward.
         self.opener = opener
-        self.guard = guard
-        self.reason = reason
+        self.guard: Guard | None = None
+        self.reads_last = False
+        #: Why this forward cannot be packed whatever the batch.
+        self.reason: str | None = None
         self.decided = False
         self.packing: Packing | None = None
         self.outer = _FRAME.get()
@@ -168,11 +171,11 @@ class _Hooks:
             return
         frame = self._frame()
         if frame is None:
-            guard, reason = None, None
+            frame = _Frame(self, module)
             if module is self.stack.root:
                 values = {**dict(zip(self._root_names, args, strict=False)), **kwargs}
-                guard, reason = guard_for(self.stack, values)
-            frame = _Frame(self, module, guard, reason)
+                frame.guard, frame.reason = guard_for(self.stack, values)
+                frame.reads_last = reads_last(values)
         config = self.stack.base.config
         for name in _COLLECTED:
             if kwargs.get(name, getattr(config, name, False)):
@@ -275,7 +278,8 @@ class _Hooks:
             frame.decided = True
             settings = plan.settings or SETTINGS.get()
             packing = Packing(plan) if plan_refusal(plan) is None else None
-            request = Request(self.stack, plan, values.pop(names[0]), values, settings)
+            states = values.pop(names[0])
+            request = Request(self.stack, plan, states, values, settings, frame.reads_last)
             reason = frame.reason or exactness_refusal(request, packing)
             if reason is None and frame.guard is not None:
                 reason = frame.guard.refusal()

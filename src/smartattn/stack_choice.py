@@ -15,7 +15,7 @@ from .packed_stack import Packing, argument_refusal, packed_plan, plan_refusal
 from .plan import Padding, Plan
 from .profile import profile_for, stack_rules
 from .stack_rule import stack_rule
-from .stacks import Stack
+from .stacks import Head, Stack
 
 _chooser = Chooser(BACKENDS)
 
@@ -28,6 +28,7 @@ class Request:
         plan: what its mask says about the padded batch.
         states: its hidden states, (batch, length, hidden).
         arguments: all others, by name.
+        reads_last: the caller may be after the logits of the last position alone.
     """
 
     stack: Stack
@@ -35,6 +36,7 @@ class Request:
     states: torch.Tensor
     arguments: dict[str, Any]
     settings: Settings
+    reads_last: bool
 
 
 def exactness_refusal(request: Request, packing: Packing | None) -> str | None:
@@ -54,6 +56,10 @@ def exactness_refusal(request: Request, packing: Packing | None) -> str | None:
         first = (sequences.k_start == 0) & (sequences.k_length > 0)
         if not first.all():
             return "an output is pooled from the first position, which is padding"
+    if request.reads_last and stack.head is Head.NEXT_TOKEN:
+        last = sequences.k_start + sequences.k_length == plan.visible
+        if not (sequences.contiguous and last.all()):
+            return "the last position counts, and may be padding"
     return argument_refusal(packing, request.arguments) or attention_refusal(request)
 
 
