@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from benchmarks import padding_free as benchmark
+from benchmarks.models import build
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -578,7 +580,7 @@ def test_beams() -> None:
 # -- the choice ------------------------------------------------------------------------------------
 
 RULES = (
-    StackRule(when=StackWhen(device="cuda", min_tokens=100), pack=True, because="a"),
+    StackRule(when=StackWhen(device="cuda", min_spared_work=100), pack=True, because="a"),
     StackRule(when=StackWhen(min_padding_share=0.5), pack=True, because="b"),
     StackRule(when=StackWhen(device="cpu"), pack=False, because="c"),
 )
@@ -587,11 +589,11 @@ RULES = (
 @pytest.mark.parametrize(
     ("batch", "because"),
     [
-        (("cuda", 100, 0.1), "a"),
-        (("cuda", 99, 0.5), "b"),
-        (("cuda", 99, 0.49), None),
-        (("cpu", 1000, 0.49), "c"),
-        (("cpu", 1, 0.9), "b"),
+        (("cuda", 0.1, 100), "a"),
+        (("cuda", 0.5, 99), "b"),
+        (("cuda", 0.49, 99), None),
+        (("cpu", 0.49, 1000), "c"),
+        (("cpu", 0.9, 1), "b"),
     ],
 )
 def test_the_first_rule_that_holds_counts(
@@ -835,3 +837,21 @@ def test_a_sample_of_the_sweep(name: str) -> None:
     assert set(verdicts.values()) <= {AGREE, REFUSED, "-"}, found
     assert [verdicts[side] for side in ("right", "left", "holes", "zeros")] == [AGREE] * 4
     assert verdicts.keys() == SCENARIOS.keys()
+
+
+# -- the benchmark ---------------------------------------------------------------------------------
+
+
+def test_the_benchmark_on_tiny_models() -> None:
+    device = torch.device("cpu")
+    models = {}
+    for workload in benchmark.tiny_workloads():
+        model = models.setdefault(workload.model, build(workload.model, device, torch.float32))
+        result = benchmark.measure(workload, model, device, rounds=1, seconds=0.0, always=True)
+        assert result.packed
+        assert result.median_ms.keys() >= {"sdpa", "smart", benchmark.PADDING_FREE, benchmark.IDEAL}
+        # The ideal computes the same as the padded batch, or it would be no measure of it.
+        assert max(result.difference.values()) < 1e-4
+        assert "first-token" in workload.name or result.chosen[benchmark.IDEAL] == "sdpa_unpadded"
+        assert len(benchmark.table([result]).splitlines()) == 3
+        assert result.speedup is not None

@@ -85,8 +85,9 @@ def worth(request: Request, always: bool) -> tuple[bool, str]:
     plan = request.plan
     profile = profile_for(plan.device)
     tokens = plan.batch * plan.q_len
-    share = 1.0 - plan.real_q / tokens
-    rule = stack_rule(stack_rules(profile), plan.device.type, tokens, share)
+    padding = tokens - plan.real_q
+    work = padding * request.states.shape[-1] ** 2
+    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, float(work))
     if rule is None:
         return False, "no rule of the profile says that it pays"
     return rule.pack, f"rule of profile {profile.name}: {rule.because}"
