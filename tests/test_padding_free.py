@@ -15,6 +15,7 @@ from benchmarks import padding_free as benchmark
 from benchmarks.models import build
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import smartattn
 from smartattn import padded, padding_free, stacks
@@ -236,6 +237,28 @@ def test_autocast() -> None:
         expected = model(**inputs).logits
         with padding_free(model, always=True):
             assert_agree(model(**inputs).logits, expected, where=LEFT, tolerance=0.1)
+
+
+def test_masks_of_a_caller_that_serve_several_forwards() -> None:
+    """The decision of one forward must not outlive it with the mask."""
+    model = tiny_model("gemma3", "smart")
+    arguments = {
+        "config": model.config,
+        "inputs_embeds": model.get_input_embeddings()(IDS).detach(),
+        "past_key_values": None,
+        "position_ids": None,
+    }
+    inputs = {"input_ids": IDS, "use_cache": False}
+    expected = model(**inputs, attention_mask=LEFT).logits.detach()
+    makers = (create_causal_mask, create_sliding_window_causal_mask)
+    with torch.no_grad(), padding_free(model, always=True), smartattn.trace() as trace:
+        full, sliding = (make(**arguments, attention_mask=LEFT) for make in makers)
+        masks = {"full_attention": full, "sliding_attention": sliding}
+        for _ in range(2):
+            assert_agree(model(**inputs, attention_mask=masks).logits, expected, where=LEFT)
+    assert [(row.packed, row.calls) for row in trace.stacks] == [(True, 2)]
+    with torch.no_grad():
+        assert_agree(model(**inputs, attention_mask=masks).logits, expected, where=LEFT)
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -48,8 +48,7 @@ class Guard:
         if wrong.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._value.copy_(wrong, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(torch.cuda.current_stream(wrong.device))
+            self._copied = torch.cuda.current_stream(wrong.device).record_event()
         else:
             self._value = wrong
 

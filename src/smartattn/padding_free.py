@@ -209,7 +209,7 @@ class _Hooks:
             return output
         # A norm of the model itself, after the stack, has made something of the zeros.
         states = output if isinstance(output, torch.Tensor) else output[0]
-        if not packing.has_unpacked(states):
+        if packing.is_padded(states) and not packing.has_unpacked(states):
             zeroed = packing.unpack(packing.pack(states))
             if isinstance(output, ModelOutput):
                 output[next(iter(output))] = zeroed
@@ -231,18 +231,18 @@ class _Hooks:
             mask = args[at] if at is not None and at < len(args) else None
         if not isinstance(mask, PlanMask) or (plan := mask.plan) is None:
             return self._unplanned(module, args, kwargs)
-        state = plan.stack
-        if state is None or state[0] is not self:
-            frame = self._frame()
-            if frame is None:
-                return None
-            names = self._names[type(module)]
+        frame, state = self._frame(), plan.stack
+        names = self._names[type(module)]
+        known = state is not None and state[0] is self
+        # A caller's mask may serve several forwards, and each decides for itself.
+        if frame is not None and not (known and frame.decided and state[1] is frame.packing):
             values = {**dict(zip(names, args, strict=False)), **kwargs}
             state = plan.stack = (self, *self._state(frame, names, plan, values))
+        elif not known:
+            return None
         packing, packed = state[1], state[2]
         if packing is None:
             return None
-        names = self._names[type(module)]
         if packed is None:
             return _as_padded(packing, names, args, kwargs)
         try:
