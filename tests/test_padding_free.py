@@ -294,8 +294,9 @@ def test_packed_batches_stay_as_they_are() -> None:
     assert "packed already" in trace.stacks[0].reason
 
 
-def test_cumulative_lengths_of_a_caller() -> None:
-    """They are tensors that the layers get, and nothing that packing could keep."""
+@pytest.mark.parametrize("base", [False, True])
+def test_tensors_that_nobody_knows(base: bool) -> None:
+    """Whether the model itself gets them or its layers do."""
     bounds = torch.tensor([0, 36], dtype=torch.int32)
     model = tiny_model("llama", "smart")
     with (
@@ -303,7 +304,7 @@ def test_cumulative_lengths_of_a_caller() -> None:
         padding_free(model, always=True),
         pytest.raises(ValueError, match="without padding"),
     ):
-        model(input_ids=IDS, attention_mask=LEFT, cu_seq_lens_q=bounds)
+        (model.model if base else model)(input_ids=IDS, attention_mask=LEFT, cu_seq_lens_q=bounds)
     assert "cu_seq_lens_q" in trace.stacks[0].reason
 
 
