@@ -225,13 +225,16 @@ class _Hooks:
         """Hands a layer the real tokens in place of the padded batch."""
         if torch.compiler.is_compiling():
             return None
+        frame = self._frame()
+        if frame is not None and frame.decided and frame.packing is None:
+            return None
         mask = kwargs.get("attention_mask")
         if mask is None:
             at = self._mask_at[type(module)]
             mask = args[at] if at is not None and at < len(args) else None
         if not isinstance(mask, PlanMask) or (plan := mask.plan) is None:
             return self._unplanned(module, args, kwargs)
-        frame, state = self._frame(), plan.stack
+        state = plan.stack
         names = self._names[type(module)]
         known = state is not None and state[0] is self
         # A caller's mask may serve several forwards, and each decides for itself.
@@ -277,16 +280,22 @@ class _Hooks:
         if not frame.decided:
             frame.decided = True
             settings = plan.settings or SETTINGS.get()
-            packing = Packing(plan) if plan_refusal(plan) is None else None
-            states = values.pop(names[0])
-            request = Request(self.stack, plan, states, values, settings, frame.reads_last)
-            reason = frame.reason or exactness_refusal(request, packing)
-            if reason is None and frame.guard is not None:
-                reason = frame.guard.refusal()
-            pays, because = (False, reason) if reason else worth(request, self.always)
-            if pays:
-                frame.packing = packing
-            _record(self.stack.name, plan, pays, because, settings)
+            packs, reason = False, frame.reason or plan_refusal(plan)
+            if reason is None:
+                states = values.pop(names[0])
+                request = Request(self.stack, plan, states, values, settings, frame.reads_last)
+                # The cheaper question first: small batches wait for the host.
+                packs, reason = worth(request, self.always)
+            if packs:
+                packing = Packing(plan)
+                refusal = exactness_refusal(request, packing)
+                if refusal is None and frame.guard is not None:
+                    refusal = frame.guard.refusal()
+                if refusal is None:
+                    frame.packing = packing
+                else:
+                    packs, reason = False, refusal
+            _record(self.stack.name, plan, packs, reason, settings)
         shared = frame.packing
         if shared is None:
             return None, None

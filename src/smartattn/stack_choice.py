@@ -11,7 +11,7 @@ from .backends import BACKENDS
 from .call import Call
 from .choose import Chooser, UnsupportedCallError
 from .control import Settings
-from .packed_stack import Packing, argument_refusal, packed_plan, plan_refusal
+from .packed_stack import Packing, argument_refusal, packed_plan
 from .plan import Padding, Plan
 from .profile import profile_for, stack_rules
 from .stack_rule import stack_rule
@@ -39,11 +39,9 @@ class Request:
     reads_last: bool
 
 
-def exactness_refusal(request: Request, packing: Packing | None) -> str | None:
+def exactness_refusal(request: Request, packing: Packing) -> str | None:
     """Why the forward cannot be packed exactly, or without more memory than it takes padded."""
     plan, stack = request.plan, request.stack
-    if packing is None:
-        return plan_refusal(plan)
     if request.settings.pad_output == "sdpa":
         return "padding positions of the output are to be kept"
     if not packing.is_padded(request.states):
