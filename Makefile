@@ -68,9 +68,11 @@ gpu-report: $(TEST_READY)
 
 bench: $(TEST_READY)
 	$(PYTHON) -m benchmarks.models
+	$(PYTHON) -m benchmarks.padding_free
 
 sweep: $(TEST_READY)
 	$(PYTHON) -m tests.sweep
+	$(PYTHON) -m tests.padding_free_sweep
 
 mutations: $(TEST_READY)
 	$(PYTHON) -m tests.mutations

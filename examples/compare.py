@@ -48,20 +48,24 @@ def parse_rounds() -> int | None:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int
+    runs: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: bool = True,
 ) -> dict[str, float]:
     """Median seconds of each callable.
 
-    Every round runs all of them, so that whatever else the machine does meets all alike.
+    Every round runs all of them, so that whatever else the machine does meets all alike. With
+    ``warm_up`` there is one round more, which does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + warm_up):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if round_:  # The first round warms up.
+            if round_ or not warm_up:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("src") / "smartattn"
-COPIED = ("src", "tests", "calibration", "examples", "pyproject.toml")
+COPIED = ("src", "tests", "calibration", "examples", "benchmarks", "pyproject.toml")
 TIMEOUT_S = 600
 
 
@@ -52,6 +52,7 @@ CONTROL = ("tests/test_control.py",)
 FAULTS = ("tests/test_faults.py",)
 FUZZ = ("tests/test_fuzz.py", "-m", "not slow")
 REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
+PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
     Mutation(
@@ -473,6 +474,111 @@ MUTATIONS = (
         'metadata.get("__metadata__") if isinstance(metadata, dict) else None',
         'metadata.get("__metadata__")',
         FUZZ,
+    ),
+    Mutation(
+        "padding-free: positions shared by all rows are gathered by the place in the batch",
+        "packed_stack.py",
+        "place % self.length if within_row else place",
+        "place",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: padding positions of outputs are not zeros",
+        "packed_stack.py",
+        "padded = states.new_zeros(",
+        "padded = states.new_ones(",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: packed sequences begin one token before their own",
+        "packed_stack.py",
+        "np.cumsum(lengths) - lengths",
+        "np.cumsum(lengths) - 1",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: packed layers lose their window",
+        "packed_stack.py",
+        "plan.device, window=plan.window, packed=starts",
+        "plan.device, packed=starts",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: a forward with tokens in the cache is packed",
+        "packed_stack.py",
+        "if not plan.is_aligned:",
+        "if False:",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: the cache keeps the packed layout",
+        "packed_stack.py",
+        "cache_class.update(self, *padded,",
+        "cache_class.update(self, key_states, value_states,",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: all tensors of a layer are taken for the first that was packed",
+        "packed_stack.py",
+        "known = self._packed.get(id(values))",
+        "known = next(iter(self._packed.values()), None)",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: arguments nobody knows are left as they are",
+        "packed_stack.py",
+        'return f"the layers get {name}, which cannot be packed"',
+        "continue",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: labels are compared with the prediction at their own position",
+        "heads.py",
+        "labels[:, 1:], mask[:, :-1]",
+        "labels[:, :-1], mask[:, :-1]",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: a pooler may read a padding position",
+        "stack_choice.py",
+        "(sequences.k_start == 0) & (sequences.k_length > 0)",
+        "sequences.k_length >= 0",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: what follows a prompt may be made from a padding position",
+        "stack_choice.py",
+        "sequences.k_start + sequences.k_length == plan.visible",
+        "sequences.k_length >= 0",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: a forward never ends",
+        "padding_free.py",
+        "_FRAME.reset(frame.token)",
+        "pass",
+        ("tests/test_padding_free.py", "-k", "forward_that_fails"),
+    ),
+    Mutation(
+        "padding-free: what a norm outside of the stack makes of zeros stays",
+        "padding_free.py",
+        "not packing.has_unpacked(states)",
+        "False",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: a layer that cannot be packed is packed",
+        "padding_free.py",
+        "if packed is None:",
+        "if False:",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: rules hold for less padding than they say",
+        "stack_rule.py",
+        "padding_share >= self.min_padding_share",
+        "padding_share <= self.min_padding_share",
+        PADDING_FREE,
     ),
 )
 

@@ -97,6 +97,36 @@ def test_generation_compares_tokens(
 
 @needs_models
 @on_cpu
+def test_embedding_job_is_the_same_without_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    embed_padding_free = importlib.import_module("embed_padding_free")
+    assert len(set(embed_padding_free.sentences())) >= 2000
+    real_models.minilm()[0].set_attn_implementation("smart")
+    arguments = ("--limit", "24", "--batch-size", "8")
+    code, output = run_main("embed_padding_free", capsys, *arguments)
+    assert code == 0
+    assert "24 sentences, 3 batches of 8" in output
+    assert "3 batches without padding" in output
+    assert "embeddings within" in output
+
+
+@needs_models
+@on_cpu
+def test_an_embedding_job_that_differs_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_padding_free = importlib.import_module("embed_padding_free")
+    real_models.minilm()[0].set_attn_implementation("smart")
+    right = embed_padding_free.embed_padding_free
+    monkeypatch.setattr(
+        embed_padding_free, "embed_padding_free", lambda *inputs: right(*inputs) + 1e-4
+    )
+    code, output = run_main("embed_padding_free", capsys, "--limit", "8")
+    assert code == 1
+    assert "OFF BY" in output
+
+
+@needs_models
+@on_cpu
 def test_embedding_ranks_alike_sentences_and_prints_choices(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -39,7 +39,8 @@ from .control import configure, trace, use  # noqa: E402
 from .explanation import Explanation, explain  # noqa: E402
 from .integration import register  # noqa: E402
 from .log import follow_transformers  # noqa: E402
-from .record import Trace, TraceRow  # noqa: E402
+from .padding_free import padded, padding_free  # noqa: E402
+from .record import StackRow, Trace, TraceRow  # noqa: E402
 
 follow_transformers()
 register()
@@ -47,6 +48,7 @@ register()
 __all__ = [
     "Decision",
     "Explanation",
+    "StackRow",
     "Trace",
     "TraceRow",
     "UnsupportedCallError",
@@ -55,6 +57,8 @@ __all__ = [
     "configure",
     "end_quarantine",
     "explain",
+    "padded",
+    "padding_free",
     "register",
     "trace",
     "use",

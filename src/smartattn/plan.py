@@ -124,6 +124,8 @@ class Plan:
         self.settings: Any = None
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
         self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
+        #: How a padding-free stack runs under this plan, see ``padding_free``.
+        self.stack: Any = None
 
     # -- facts -----------------------------------------------------------------------------------
 

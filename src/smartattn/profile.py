@@ -21,6 +21,7 @@ from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
 from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
 from .plan import Plan
+from .stack_rule import StackRule
 
 logger = logging.getLogger("smartattn")
 
@@ -133,6 +134,8 @@ class Profile(Record):
     date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     run: Run | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=1000)] = ()
+    #: When padding-free models leave the padding out; without any, those of the built-in default.
+    padding_free: Annotated[tuple[StackRule, ...], Field(max_length=1000)] = ()
     thresholds: Annotated[tuple[Threshold, ...], Field(max_length=5000)] = ()
     costs: Annotated[tuple[Cost, ...], Field(max_length=10_000)] = ()
 
@@ -293,6 +296,19 @@ def default_rules() -> tuple[Rule, ...]:
         return load(shipped_profiles() / "default.json").rules
     except ProfileError:
         return ()
+
+
+@functools.cache
+def _default_stack_rules() -> tuple[StackRule, ...]:
+    try:
+        return load(shipped_profiles() / "default.json").padding_free
+    except ProfileError:
+        return ()
+
+
+def stack_rules(profile: Profile) -> tuple[StackRule, ...]:
+    """When a padding-free model leaves the padding out: a profile's own rules or the default's."""
+    return profile.padding_free or _default_stack_rules()
 
 
 def find(device: Device | None, given: StrPath | None = None) -> Found:

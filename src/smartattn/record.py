@@ -47,6 +47,18 @@ class TraceRow:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(slots=True)
+class StackRow:
+    """Forwards of a padding-free model that went the same way for the same reason."""
+
+    model: str
+    #: Facts about the last of these batches; None where no mask was measured.
+    facts: dict[str, Any] | None
+    packed: bool
+    reason: str
+    calls: int = 0
+
+
 class Trace:
     """Choices in the order in which they were first made; see :func:`smartattn.trace`.
 
@@ -55,6 +67,7 @@ class Trace:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._stacks: dict[tuple[str, bool, str], StackRow] = {}
         self._rows: dict[Any, TraceRow] = {}
         # Rows by the ids of call and decision; the entry holds both, so that no other object can
         # have the id. It goes with its plan: a trace keeps no tensor alive.
@@ -94,6 +107,20 @@ class Trace:
             row = self._rows[key] = _row(facts, call, decision)
         return row
 
+    @property
+    def stacks(self) -> list[StackRow]:
+        """What became of the forwards of padding-free models; see ``smartattn.padding_free``."""
+        return list(self._stacks.values())
+
+    def record_stack(self, model: str, plan: Plan | None, packed: bool, reason: str) -> None:
+        """Counts one forward of a padding-free model."""
+        key = (model, packed, reason)
+        row = self._stacks.get(key)
+        if row is None:
+            row = self._stacks[key] = StackRow(model, None, packed, reason)
+        row.facts = None if plan is None else plan.describe()
+        row.calls += 1
+
     def as_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain values, fit for JSON."""
         return [row.as_dict() for row in self.rows]
@@ -103,7 +130,11 @@ class Trace:
         return json.dumps(self.as_dicts(), indent=2)
 
     def __str__(self) -> str:
-        return _table(self.rows)
+        lines = [_table(self.rows)]
+        for stack in self.stacks:
+            how = "without padding" if stack.packed else "padded"
+            lines.append(f"{stack.model}: {stack.calls} forwards {how}, {stack.reason}")
+        return "\n".join(lines)
 
 
 def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:

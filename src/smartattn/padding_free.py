@@ -1,0 +1,359 @@
+"""Forwards whose layers see real tokens alone: hooks around a model's stack of layers.
+
+The model itself embeds the padded batch, makes positions and masks as ever; before the first layer
+the real tokens are gathered into one row, (1, total, hidden), and after the last one they are put
+back. Nothing of Transformers is replaced: the hooks are those of :class:`torch.nn.Module`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import ModelOutput
+
+from .control import SETTINGS, Settings
+from .heads import Guard, guard_for, reads_last
+from .integration import NAME
+from .mask import PlanMask
+from .packed_stack import (
+    Packing,
+    UnpackableError,
+    pack_argument,
+    packed_plan,
+    plan_refusal,
+)
+from .plan import Plan
+from .stack_choice import Request, exactness_refusal, worth
+from .stacks import Stack, find_stack, parameter_names
+
+logger = logging.getLogger("smartattn")
+
+#: Where a model keeps its hooks while it is padding-free.
+_ATTRIBUTE = "_smartattn_padding_free"
+#: Outputs that a model collects from inside of its layers, and whose shapes packing would change.
+_COLLECTED = ("output_attentions", "output_router_logits")
+
+
+def padding_free(model: nn.Module, *, always: bool = False) -> Scope:
+    """Makes a model's layers see real tokens alone, until :func:`padded` or the end of ``with``.
+
+    The forward keeps its signature and the shapes of its outputs, which are zeros at padding
+    positions; what a head makes of them is its own. A forward that cannot be packed exactly runs
+    as before, and :func:`smartattn.trace` says why. Checkpointed layers run again in the backward,
+    which therefore belongs into the block as well.
+
+    Args:
+        model: a model of Transformers under ``attn_implementation="smart"``.
+        always: pack whenever it is exact, whether or not the profile says that it pays.
+
+    Returns:
+        A context manager that puts back what was before; it may be ignored.
+
+    Raises:
+        ValueError: padding can never be taken out of this model, or it runs another implementation.
+    """
+    stack = find_stack(model)
+    implementation = stack.base.config._attn_implementation
+    if implementation != NAME:
+        raise ValueError(
+            f"{stack.name} runs attn_implementation={implementation!r}: padding_free needs {NAME!r}"
+        )
+    if getattr(stack.base.config, "chunk_size_feed_forward", 0):
+        raise ValueError(f"{stack.name} has chunk_size_feed_forward, which needs padded lengths")
+    before: _Hooks | None = model.__dict__.get(_ATTRIBUTE)
+    if before is not None:
+        before.remove()
+    hooks = _Hooks(stack, always)
+    hooks.install()
+    return Scope(model, before)
+
+
+def padded(model: nn.Module) -> None:
+    """Undoes :func:`padding_free` without a trace; does nothing where there is nothing to undo."""
+    hooks: _Hooks | None = model.__dict__.get(_ATTRIBUTE)
+    if hooks is not None:
+        hooks.remove()
+
+
+class Scope:
+    """The block within which a model is padding-free; at its end it is as it was before."""
+
+    def __init__(self, model: nn.Module, before: _Hooks | None) -> None:
+        self._model = model
+        self._before = before
+
+    def __enter__(self) -> nn.Module:
+        return self._model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        padded(self._model)
+        if self._before is not None:
+            self._before.install()
+
+
+class _Frame:
+    """What the hooks of one forward share; it ends with that forward.
+
+    Layers that checkpointing runs again find no frame: they go by what is on their plan.
+    """
+
+    __slots__ = (
+        "decided", "guard", "hooks", "opener", "outer", "packing", "reads_last", "reason", "token"
+    )  # fmt: skip
+
+    def __init__(self, hooks: _Hooks, opener: nn.Module) -> None:
+        self.hooks = hooks
+        #: The module whose end is the end of this forward.
+        self.opener = opener
+        self.guard: Guard | None = None
+        self.reads_last = False
+        #: Why this forward cannot be packed whatever the batch.
+        self.reason: str | None = None
+        self.decided = False
+        self.packing: Packing | None = None
+        self.outer = _FRAME.get()
+        self.token = _FRAME.set(self)
+
+
+#: The innermost forward of this thread or asyncio task that runs under hooks.
+_FRAME: ContextVar[_Frame | None] = ContextVar("smartattn_forward", default=None)
+
+
+class _Hooks:
+    """The hooks on one model."""
+
+    def __init__(self, stack: Stack, always: bool) -> None:
+        self.stack = stack
+        self.always = always
+        self._handles: list[Any] = []
+        self._names = {type(layer): parameter_names(layer) for layer in stack.layers}
+        self._mask_at = {kind: _position(names) for kind, names in self._names.items()}
+        self._root_names = parameter_names(stack.root)
+
+    def install(self) -> None:
+        """Registers all hooks."""
+        stack = self.stack
+        handles = self._handles
+        for model in dict.fromkeys((stack.root, stack.base)):
+            handles.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
+        for layer in stack.layers:
+            handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+        exits = (stack.norm, stack.module, stack.base)
+        for module in dict.fromkeys(module for module in exits if module is not None):
+            handles.append(module.register_forward_hook(self._put_back))
+        for model in dict.fromkeys((stack.base, stack.root)):
+            handles.append(model.register_forward_hook(self._close, always_call=True))
+        stack.root.__dict__[_ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.stack.root.__dict__.pop(_ATTRIBUTE, None)
+
+    # -- once per forward --------------------------------------------------------------------------
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a forward, at the outermost of the models that have this hook."""
+        if torch.compiler.is_compiling():
+            return
+        frame = self._frame()
+        if frame is None:
+            frame = _Frame(self, module)
+            if module is self.stack.root:
+                values = {**dict(zip(self._root_names, args, strict=False)), **kwargs}
+                frame.guard, frame.reason = guard_for(self.stack, values)
+                frame.reads_last = reads_last(values)
+        config = self.stack.base.config
+        for name in _COLLECTED:
+            if kwargs.get(name, getattr(config, name, False)):
+                frame.reason = f"{name} is asked for"
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        frame = self._frame()
+        if frame is not None and frame.opener is module:
+            _FRAME.reset(frame.token)
+            if not frame.decided and (recorder := SETTINGS.get().trace) is not None:
+                recorder.record_stack(self.stack.name, None, False, "no layer got a mask of smart")
+
+    def _frame(self) -> _Frame | None:
+        frame = _FRAME.get()
+        while frame is not None and frame.hooks is not self:
+            frame = frame.outer
+        return frame
+
+    def _put_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The output of the last norm, of the stack or of the model in the padded layout."""
+        if torch.compiler.is_compiling():
+            return None
+        frame = self._frame()
+        if frame is None or frame.packing is None:
+            return None
+        packing = frame.packing
+        output = _unpacked(output, packing)
+        if module is not self.stack.base or module is self.stack.module:
+            return output
+        # A norm of the model itself, after the stack, has made something of the zeros.
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if packing.is_padded(states) and not packing.has_unpacked(states):
+            zeroed = packing.unpack(packing.pack(states))
+            if isinstance(output, ModelOutput):
+                output[next(iter(output))] = zeroed
+            else:
+                output = (zeroed, *output[1:]) if isinstance(output, tuple) else zeroed
+        return output
+
+    # -- once per layer ----------------------------------------------------------------------------
+
+    def _before_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hands a layer the real tokens in place of the padded batch."""
+        if torch.compiler.is_compiling():
+            return None
+        frame = self._frame()
+        if frame is not None and frame.decided and frame.packing is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            at = self._mask_at[type(module)]
+            mask = args[at] if at is not None and at < len(args) else None
+        if not isinstance(mask, PlanMask) or (plan := mask.plan) is None:
+            return self._unplanned(module, args, kwargs)
+        state = plan.stack
+        names = self._names[type(module)]
+        known = state is not None and state[0] is self
+        # A caller's mask may serve several forwards, and each decides for itself.
+        if frame is not None and not (known and frame.decided and state[1] is frame.packing):
+            values = {**dict(zip(names, args, strict=False)), **kwargs}
+            state = plan.stack = (self, *self._state(frame, names, plan, values))
+        elif not known:
+            return None
+        packing, packed = state[1], state[2]
+        if packing is None:
+            return None
+        if packed is None:
+            return _as_padded(packing, names, args, kwargs)
+        try:
+            return (
+                tuple(
+                    _packed(packing, packed, mask, index == 0, name, value)
+                    for index, (name, value) in enumerate(zip(names, args, strict=False))
+                ),
+                {
+                    name: _packed(packing, packed, mask, name == names[0], name, value)
+                    for name, value in kwargs.items()
+                },
+            )
+        except UnpackableError:
+            return _as_padded(packing, names, args, kwargs)
+
+    def _unplanned(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A layer whose mask carries no plan sees the padded batch, whatever came before it."""
+        frame = self._frame()
+        if frame is None or frame.packing is None:
+            return None
+        return _as_padded(frame.packing, self._names[type(module)], args, kwargs)
+
+    # -- once per forward and mask type ------------------------------------------------------------
+
+    def _state(
+        self, frame: _Frame, names: tuple[str, ...], plan: Plan, values: dict[str, Any]
+    ) -> tuple[Packing | None, Plan | None]:
+        """How layers under a plan run: packed by the first and under the second, or padded."""
+        if not frame.decided:
+            frame.decided = True
+            settings = plan.settings or SETTINGS.get()
+            packs, reason = False, frame.reason or plan_refusal(plan)
+            if reason is None:
+                states = values.pop(names[0])
+                request = Request(self.stack, plan, states, values, settings, frame.reads_last)
+                # The cheaper question first: small batches wait for the host.
+                packs, reason = worth(request, self.always)
+            if packs:
+                packing = Packing(plan)
+                refusal = exactness_refusal(request, packing)
+                if refusal is None and frame.guard is not None:
+                    refusal = frame.guard.refusal()
+                if refusal is None:
+                    frame.packing = packing
+                else:
+                    packs, reason = False, refusal
+            _record(self.stack.name, plan, packs, reason, settings)
+        shared = frame.packing
+        if shared is None:
+            return None, None
+        if plan_refusal(plan) is not None or not shared.covers(plan):
+            return shared, None
+        return shared, packed_plan(plan)
+
+
+def _packed(
+    packing: Packing, packed: Plan, mask: PlanMask, is_states: bool, name: str, value: Any
+) -> Any:
+    """One argument of a layer, for the packed tokens."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if is_states:
+        return packing.pack(value) if packing.is_padded(value) else value
+    if value is mask:
+        return packing.mask(packed, mask.dtype)
+    return pack_argument(packing, name, value)
+
+
+def _as_padded(
+    packing: Packing, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a layer with hidden states in the padded layout; None if they are."""
+    states = args[0] if args else kwargs.get(names[0])
+    if not isinstance(states, torch.Tensor) or not packing.is_packed(states):
+        return None
+    states = packing.unpack(states)
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, {**kwargs, names[0]: states}
+
+
+def _unpacked(output: Any, packing: Packing) -> Any:
+    """An output of any structure with every packed tensor of (1, total, ...) in padded layout."""
+    if isinstance(output, torch.Tensor):
+        return packing.unpack(output) if packing.is_packed(output) else output
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = _unpacked(value, packing)
+        return output
+    if isinstance(output, tuple | list):
+        return type(output)(_unpacked(value, packing) for value in output)
+    return output
+
+
+def _position(names: tuple[str, ...]) -> int | None:
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    logger.info(line)
+
+
+def _record(name: str, plan: Plan, packed: bool, reason: str, settings: Settings) -> None:
+    if settings.trace is not None:
+        settings.trace.record_stack(name, plan, packed, reason)
+    if logger.isEnabledFor(logging.INFO):
+        _log_once(f"{name} runs {'without' if packed else 'with'} its padding: {reason}")

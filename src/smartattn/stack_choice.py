@@ -1,0 +1,118 @@
+"""Whether one forward of a stack is packed: whether that is exact, and whether it pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .backends import BACKENDS
+from .call import Call
+from .choose import Chooser, UnsupportedCallError
+from .control import Settings
+from .packed_stack import Packing, argument_refusal, packed_plan
+from .plan import Padding, Plan
+from .profile import profile_for, stack_rules
+from .stack_rule import stack_rule
+from .stacks import Head, Stack
+
+_chooser = Chooser(BACKENDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The first call of a layer in a forward.
+
+    Args:
+        plan: what its mask says about the padded batch.
+        states: its hidden states, (batch, length, hidden).
+        arguments: all others, by name.
+        reads_last: the caller may be after the logits of the last position alone.
+    """
+
+    stack: Stack
+    plan: Plan
+    states: torch.Tensor
+    arguments: dict[str, Any]
+    settings: Settings
+    reads_last: bool
+
+
+def exactness_refusal(request: Request, packing: Packing) -> str | None:
+    """Why the forward cannot be packed exactly, or without more memory than it takes padded."""
+    plan, stack = request.plan, request.stack
+    if request.settings.pad_output == "sdpa":
+        return "padding positions of the output are to be kept"
+    if not packing.is_padded(request.states):
+        return "the hidden states do not have the shape of the mask"
+    if plan.padding is Padding.HOLES and stack.has_windows:
+        return "a window cannot be packed across holes in the mask"
+    sequences = plan.sequences
+    assert sequences is not None
+    if not plan.is_causal and stack.pools_first_token:
+        first = (sequences.k_start == 0) & (sequences.k_length > 0)
+        if not first.all():
+            return "an output is pooled from the first position, which is padding"
+    if request.reads_last and stack.head is Head.NEXT_TOKEN:
+        last = sequences.k_start + sequences.k_length == plan.visible
+        if not (sequences.contiguous and last.all()):
+            return "the last position counts, and may be padding"
+    return argument_refusal(packing, request.arguments) or attention_refusal(request)
+
+
+def attention_refusal(request: Request) -> str | None:
+    """Why attention over the packed tokens would need a mask of all tokens by all tokens."""
+    packed = packed_plan(request.plan)
+    call = _call(request, packed)
+    try:
+        profile = profile_for(packed.device)
+        decision = _chooser(packed, call, profile, request.settings.backends)
+    except UnsupportedCallError as error:
+        return str(error)
+    backend = decision.backend
+    if packed.is_packed and (backend.last_resort or backend.uses_dense_mask(packed, call)):
+        return f"{backend.name} needs a mask of all tokens by all tokens for packed sequences"
+    return None
+
+
+def worth(request: Request, always: bool) -> tuple[bool, str]:
+    """Whether packing is worth its copies by the profile in force, and why."""
+    if always:
+        return True, "asked for whenever it is exact"
+    plan = request.plan
+    profile = profile_for(plan.device)
+    tokens = plan.batch * plan.q_len
+    padding = tokens - plan.real_q
+    work = padding * request.states.shape[-1] ** 2
+    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, float(work))
+    if rule is None:
+        return False, "no rule of the profile says that it pays"
+    return rule.pack, f"rule of profile {profile.name}: {rule.because}"
+
+
+def _call(request: Request, packed: Plan) -> Call:
+    """What the layers will ask for, as far as the configuration tells."""
+    config, states = request.stack.base.config, request.states
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or states.shape[-1] // heads
+    dtype = states.dtype
+    if torch.is_autocast_enabled(states.device.type):
+        dtype = torch.get_autocast_dtype(states.device.type)
+    return Call(
+        device=states.device,
+        dtype=dtype,
+        batch=1,
+        q_len=packed.q_len,
+        kv_len=packed.kv_len,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "qk_head_dim", None) or head_dim,
+        value_head_dim=getattr(config, "v_head_dim", None) or head_dim,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        grad=torch.is_grad_enabled() and states.requires_grad,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        self_attention=True,
+        has_eager=True,
+        features=request.stack.features,
+    )
