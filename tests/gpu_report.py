@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
     facts["python"] = sys.version.split()[0]
-    for package in ("torch", "transformers", "flash-attn", "accelerate", "triton"):
+    for package in ("torch", "transformers", "flash-attn", "fa3-fwd", "accelerate", "triton"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
