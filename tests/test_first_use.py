@@ -49,7 +49,7 @@ def profile() -> Profile:
 BUILT, READY, SLOW = Named("built"), Named("ready"), Named("slow")
 
 
-def decide(profile: Profile, build_us: float = 1000.0, known: bool = True) -> Decision:
+def decide(profile: Profile, build_us: float = 4000.0, known: bool = True) -> Decision:
     verdicts = (
         Verdict("built", (), 10.0 if known else None, build_us=build_us),
         Verdict("ready", (), 110.0),
@@ -73,7 +73,7 @@ def uses(runner: Runner, times: int) -> list[Any]:
 
 def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
-    # 100 us are lost per call, and building takes 1000.
+    # 100 us are lost per call, and building takes 4000: 1000 have to be lost.
     chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is READY
     assert "build kernels" in chosen.reason

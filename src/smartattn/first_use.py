@@ -2,9 +2,8 @@
 
 cuDNN, to which torch's SDPA goes on recent GPUs, needs tens of milliseconds for the first call of
 each shape; a decoding step, whose keys are one more every time, never sees a shape again. Such a
-backend is used for a shape once the time lost to the next best one adds up to what building costs:
-the rule that is never worse than twice the best (renting skis until the rent would have bought
-them).
+backend is used for a shape once it has come back often enough: the rule of renting skis until the
+rent comes to a fair share of their price.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from .call import Call, Runner
 from .choose import Decision
 from .plan import Plan
 
+#: A shape that has come back is taken to come this many times as often as it has: building starts
+#: when the time lost by waiting, so many times over, has come to what building costs.
+_MORE_TO_COME = 4.0
 #: Shapes that are remembered.
 _MOST = 65_536
 
@@ -140,6 +142,6 @@ class _Waiting:
                 error.smartattn_backend = self._later_backend  # type: ignore[attr-defined]
                 raise
         shape.lost_us += self._loss_us
-        if shape.lost_us >= self._build_us:
+        if shape.lost_us * _MORE_TO_COME >= self._build_us:
             shape.built = True
         return self._now(query, key, value, arguments)
