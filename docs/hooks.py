@@ -95,6 +95,10 @@ def _relinked(markdown: str, folder: str) -> str:
     return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", relinked, markdown).strip()
 
 
+#: The rest is what `smartattn show` is for.
+SHOWN_HEAD_DIMS = (64, 128)
+
+
 def crossovers(name: str) -> str:
     """Who is fastest from which length on, by call and padding, as a Markdown table."""
     profile = json.loads((ROOT / "calibration" / "profiles" / f"{name}.json").read_text())
@@ -103,6 +107,8 @@ def crossovers(name: str) -> str:
         "|---|---|---|---|---|",
     ]
     for threshold in profile.get("thresholds", []):
+        if threshold["dtype"] != "bfloat16" or threshold["head_dim"] not in SHOWN_HEAD_DIMS:
+            continue
         pattern = "" if threshold["mode"] == "decode" else " causal"
         if not threshold["causal"] and threshold["mode"] != "decode":
             pattern = " both ways"
@@ -117,4 +123,4 @@ def crossovers(name: str) -> str:
             f"| {threshold['padding_share']:.0%} | {', '.join(winners)} |"
         )
     device = profile["device"]["name"]
-    return f"{device}, measured {profile['date']}:\n\n" + "\n".join(lines)
+    return f"{device}, bfloat16, measured {profile['date']}:\n\n" + "\n".join(lines)

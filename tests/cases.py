@@ -250,6 +250,7 @@ def _situations(n: int, make: Callable[..., Situation]) -> Iterator[Situation]:
         yield make("cross_longer_queries", n + 7, n, False, cross=True, **pad)
         yield make("cross_equal_lengths", n, n, False, cross=True, **pad)
         yield make("cross_decode", 1, n, False, cross=True, **pad)
+        yield make("block_continued", few, n, False, shift=n - few, **pad)
         yield make("causal_window", n, n, True, window=few, **pad)
         yield make("causal_window_continued", few, n, True, shift=n - few, window=few + 1, **pad)
         yield make("causal_window_decode", 1, n, True, shift=n - 1, window=few, **pad)

@@ -663,9 +663,25 @@ def test_a_missing_or_foreign_flash_attn_is_a_refusal(monkeypatch: pytest.Monkey
     monkeypatch.setattr(flash_attention_2, "_package", probe)
     monkeypatch.setattr(flash_attention_2.importlib, "import_module", fail)
     assert backend.unavailable() == "flash-attn cannot be imported: OSError: undefined symbol"
+    part = SimpleNamespace()
+    monkeypatch.setattr(flash_attention_2.importlib, "import_module", lambda name: part)
+    said = "flash-attn 2 is needed, another package of its name is installed"
+    assert backend.unavailable() == said
+    early = SimpleNamespace(__version__="2.0", flash_attn_func=None, flash_attn_varlen_func=None)
+    monkeypatch.setattr(flash_attention_2.importlib, "import_module", lambda name: early)
+    assert backend.unavailable() == "flash-attn 2.0 has no flash_attn_with_kvcache"
     old = SimpleNamespace(__version__="1.0.9")
     monkeypatch.setattr(flash_attention_2.importlib, "import_module", lambda name: old)
     assert backend.unavailable() == "flash-attn 2 is needed, 1.0.9 is installed"
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("backend", ON_CPU[-4:], ids=_label)
+def test_flash_kernels_are_not_used_on_rocm(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert backend.unavailable() == "untested on ROCm, where its kernels ignore arguments"
 
 
 def test_another_signature_of_torch_varlen_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -614,7 +614,7 @@ def test_a_wrong_backend_is_excluded_and_reported(alter: Any, reason: str) -> No
 def test_doubts_are_kept_with_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     doubt = "other work used 83% of the device before the run"
     monkeypatch.setattr(module.Watch, "complaints", lambda self: [doubt])
-    outcome = calibrate(quick(1.5, cold=True))
+    outcome = calibrate(quick(6.0, cold=True))
     assert outcome.complaints == (doubt,)
     run = profile.load(outcome.path).run
     assert run is not None

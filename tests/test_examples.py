@@ -262,13 +262,32 @@ def test_figures_in_the_readme_are_those_measured() -> None:
     measured = set()
     for file in (ROOT / "docs/data").glob("h200_model_forwards*.json"):
         for row in json.loads(file.read_text()):
-            if {"sdpa", "flash_attention_2", "p_fa2"} <= row["r"].keys():
-                cells = (_cell(row["r"][k]) for k in ("sdpa", "flash_attention_2", "p_fa2"))
+            if {"sdpa", "flash_attention_2"} <= row["r"].keys():
+                cells = (_cell(row["r"][k]) for k in ("sdpa", "flash_attention_2"))
                 measured.add(f"| {_label(row['tag'])} | {' | '.join(cells)} |")
     table = README.split("<!-- h200-table -->")[1].split("<!-- /h200-table -->")[0]
     lines = table.strip().splitlines()[2:]
     assert len(lines) >= 8
     assert set(lines) <= measured
+
+
+def test_figures_in_the_readme_are_those_of_the_reports() -> None:
+    reports = ROOT / "docs/reports/h200"
+    models = json.loads((reports / "models.json").read_text())["results"]
+    names = ("sdpa", "flash_attention_2", "smart")
+    measured = set()
+    for one in models:
+        cells = (f"{one['median_ms'][name]:.2f}" for name in names)
+        measured.add(f"| {one['workload']} | {' | '.join(cells)} |")
+    table = README.split("<!-- models-table -->")[1].split("<!-- /models-table -->")[0]
+    lines = table.strip().splitlines()[2:]
+    assert len(lines) >= 8
+    assert set(lines) <= measured
+    found = (reports / "gpu.md").read_text()
+    smart, sdpa = re.search(
+        r"smart ([\d.]+) us, Transformers' `sdpa_attention_forward` ([\d.]+) us", found
+    ).groups()
+    assert f"µs | {float(smart):.1f} | {float(sdpa):.1f} | - |" in README
 
 
 def test_files_named_in_the_documents_exist() -> None:

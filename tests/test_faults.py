@@ -15,7 +15,7 @@ from smartattn import faults
 from smartattn.backends.sdpa import SdpaBackend
 from smartattn.backends.sdpa_unpadded import SdpaUnpaddedBackend
 from smartattn.call import Call, Runner
-from smartattn.plan import Pattern, Plan
+from smartattn.plan import Plan
 
 from .agreement import MASKS, WIDTH, assert_agree, output_of, run
 from .tiny_models import tiny_model, token_ids
@@ -152,21 +152,6 @@ def test_a_failure_in_bind_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError) as raised:
         run(model, "smart", **INPUTS)
     assert "smartattn ran sdpa_unpadded" in raised.value.__notes__[0]
-
-
-def test_who_failed_behind_a_decision_that_waits(caplog: pytest.LogCaptureFixture) -> None:
-    """A backend that builds kernels per shape takes over within a runner of another one."""
-    from smartattn.backends import BACKENDS
-
-    by_name = {backend.name: backend for backend in BACKENDS}
-    error: Any = NotImplementedError("not here")
-    error.smartattn_backend = by_name["sdpa"]
-    plan = Plan(1, 2, 2, Pattern.CAUSAL, torch.device("cpu"))
-    call = Call(torch.device("cpu"), torch.float32, 1, 2, 2, 1, 1, 8, 8)
-    assert not faults.may_repeat(error, by_name["sdpa_unpadded"], plan, call)
-    error.smartattn_backend = by_name["torch_varlen"]
-    assert faults.may_repeat(error, by_name["sdpa"], plan, call)
-    assert "torch_varlen" in caplog.text
 
 
 def test_python_3_10_gets_the_note_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,10 +79,16 @@ def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     assert "build kernels" in chosen.reason
     assert uses(run, 4) == ["ready"] * 4
     # Later forwards go on counting.
-    chosen, run = bound(first, decide(profile), plan(), CALL)
+    again = plan()
+    again.decisions["layer"] = "kept"
+    chosen, run = bound(first, decide(profile), again, CALL)
     assert chosen.backend is READY
-    assert uses(run, 8) == ["ready"] * 6 + ["built"] * 2
-    chosen, run = bound(first, decide(profile), plan(), CALL)
+    assert uses(run, 5) == ["ready"] * 5
+    assert again.decisions
+    # The layers that come now have to choose again, in this forward too.
+    assert uses(run, 1) == ["ready"]
+    assert not again.decisions
+    chosen, run = bound(first, decide(profile), again, CALL)
     assert chosen.backend is BUILT
     assert uses(run, 2) == ["built"] * 2
 
@@ -116,8 +122,11 @@ def test_a_layer_with_gradients_runs_again_as_it_ran(profile: Profile) -> None:
     """A checkpointed layer runs twice; only the next forward may change."""
     first = FirstUses((BUILT, READY, SLOW))
     training = replace(CALL, grad=True)
-    _, run = bound(first, decide(profile), plan(), training)
+    forward = plan()
+    forward.decisions["layer"] = "kept"
+    _, run = bound(first, decide(profile), forward, training)
     assert uses(run, 20) == ["ready"] * 20
+    assert forward.decisions
     assert bound(first, decide(profile), plan(), training)[0].backend is BUILT
 
 
@@ -135,6 +144,7 @@ def test_the_next_best_may_refuse(profile: Profile) -> None:
     chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is slow
     # 490 us are lost per call.
-    assert uses(run, 4) == ["slow"] * 3 + ["built"]
+    assert uses(run, 3) == ["slow"] * 3
+    assert bound(first, decide(profile), plan(), CALL)[0].backend is BUILT
     slow.refuses = True
     assert bound(first, decide(profile), plan(9), replace(CALL, q_len=9))[0].backend is BUILT

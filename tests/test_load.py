@@ -104,6 +104,7 @@ def own_profile(home: Path) -> Path:
     return path
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_eight_processes_start_at_once_without_a_profile(tmp_path: Path) -> None:
     started = [Process(tmp_path, SERVE + REPORT) for _ in range(8)]
@@ -114,9 +115,10 @@ def test_eight_processes_start_at_once_without_a_profile(tmp_path: Path) -> None
     assert not data(tmp_path).exists(), "inference writes nothing"
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_two_calibrations_at_once_measure_once(tmp_path: Path) -> None:
-    first, second = (Process(tmp_path, CALIBRATE, "3") for _ in range(2))
+    first, second = (Process(tmp_path, CALIBRATE, "10") for _ in range(2))
     outs = [first.end()[0], second.end()[0]]
     waited = [out for out in outs if "Another calibration is running" in out]
     measured = [out for out in outs if "samples on" in out]
@@ -127,6 +129,7 @@ def test_two_calibrations_at_once_measure_once(tmp_path: Path) -> None:
     assert not list(data(tmp_path).rglob("*.tmp"))
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_a_killed_calibration_leaves_whole_files_and_no_lock(tmp_path: Path) -> None:
     killed = Process(tmp_path, CALIBRATE, "60")
@@ -143,12 +146,13 @@ def test_a_killed_calibration_leaves_whole_files_and_no_lock(tmp_path: Path) -> 
     assert rows
     assert not header.complete
     assert not list((data(tmp_path) / "profiles").glob("*.json"))
-    out, _ = Process(tmp_path, CALIBRATE, "3").end()
+    out, _ = Process(tmp_path, CALIBRATE, "8").end()
     assert "of a run before" in out
     assert "Another calibration" not in out
     assert profile.load(own_profile(tmp_path)).costs
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     """No file may grow beyond 1 KiB: the system refuses to write, as a full disk does."""
@@ -172,6 +176,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert not list(data(tmp_path).rglob("*.safetensors"))
 
 
+@pytest.mark.load
 @pytest.mark.slow
 def test_a_home_that_cannot_be_written() -> None:
     """/proc refuses everybody, root included."""

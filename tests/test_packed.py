@@ -310,3 +310,17 @@ def test_text_positions_before_three_dimensional_ones(use_cache: bool) -> None:
         for part in ids.split(LENGTHS, 1)
     ]
     assert_agree(actual, torch.cat(parts, dim=1))
+
+
+def test_empty_sequences_at_the_end_of_cumulative_lengths() -> None:
+    """Collators that fill up to a fixed number of sequences."""
+    model = tiny_model("llama")
+    ids = token_ids(1, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    lengths = {"max_length_q": 5, "max_length_k": 5, "use_cache": False}
+    outputs = []
+    for bounds in ([0, 3, 8], [0, 3, 8, 8, 8]):
+        cu = torch.tensor(bounds, dtype=torch.int32)
+        kwargs = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, **lengths}
+        outputs.append(run(model, "smart", input_ids=ids, position_ids=positions, **kwargs))
+    assert_agree(outputs[1], outputs[0])

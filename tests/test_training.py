@@ -346,3 +346,13 @@ def test_the_deterministic_mode_is_part_of_the_choice(
         torch.use_deterministic_algorithms(False)
     smart_attention(layer, *states, mask)
     assert asked == [False, True]
+
+
+def test_dropout_counts_as_a_gradient() -> None:
+    """A reentrant checkpoint runs a layer without gradients first, and must repeat its dropout."""
+    layer = tiny_model("bert", "smart").encoder.layer[0].attention.self
+    states = [torch.randn(2, 4, 6, 8) for _ in range(3)]
+    with torch.no_grad(), smartattn.trace() as found:
+        smart_attention(layer, *states, None, dropout=0.1)
+        smart_attention(layer, *states, None)
+    assert [row.grad for row in found.rows] == [True, False]

@@ -215,7 +215,7 @@ def test_prompts_are_tokenized_and_padded(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["verify", "{tmp}/none"], "cannot be loaded"),
+        (["verify", "{tmp}/none"], "there is no folder"),
         (["verify", "{tmp}/none.gguf"], "there is no file"),
         (["verify", "{tmp}", "--gguf-file", "none"], "there is no file"),
         (["verify", "{tmp}"], "cannot be loaded"),

@@ -41,6 +41,8 @@ NEUTRAL_ARGUMENTS = frozenset(
     }
 )
 
+#: Batches that one plan remembers by the tensor that shows their sequences.
+_MOST_PACKINGS = 8
 #: Parameters of an attention layer's forward under which query and key come from the same tokens.
 _SELF_ATTENTION_PARAMETERS = frozenset(
     {
@@ -106,6 +108,9 @@ def packed_by_arguments(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
     known = plan.packings.get(id(source))
     # The entry holds its tensor, so the id cannot be another tensor's by now.
     if known is None:
+        if len(plan.packings) >= _MOST_PACKINGS:
+            # The plan of a None mask outlives its forward.
+            plan.packings.clear()
         known = plan.packings[id(source)] = (source, _packed_plan(plan, kwargs))
     return known[1]
 
@@ -127,7 +132,8 @@ def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
             f"given {bounds.tolist()[:8]}"
         )
     starts = torch.zeros(total, dtype=torch.bool)
-    starts[bounds[:-1].long()] = True
+    # Collators may fill up with empty sequences.
+    starts[bounds[bounds < total].long()] = True
     packed = Plan(
         plan.batch,
         plan.q_len,

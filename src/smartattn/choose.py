@@ -250,7 +250,9 @@ def _complaint(verdicts: dict[str, Verdict], allowed: Sequence[str] | None) -> s
     if allowed is not None:
         lines += [f"{name}: no such backend" for name in allowed if name not in verdicts]
     scope = "none of the allowed backends" if allowed is not None else "no backend"
-    return (
-        f"{scope} can run this attention call exactly; "
-        "load the model with attn_implementation='eager' instead. " + " | ".join(lines)
+    advice = (
+        "load the model with attn_implementation='eager' instead"
+        if allowed is None
+        else "allow further backends"
     )
+    return f"{scope} can run this attention call exactly; {advice}. " + " | ".join(lines)

@@ -101,7 +101,7 @@ def calibrate(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda (each distinct GPU) or cuda:N.  [default: cuda if there is one]",
+            help="cpu, cuda (each distinct GPU) or cuda:N.  \\[default: cuda if there is one]",
             show_default=False,
         ),
     ] = None,

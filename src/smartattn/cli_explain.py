@@ -18,14 +18,14 @@ def explain(
     head_dim: Annotated[int, typer.Option(help="Size of a head.", min=1)],
     batch: Annotated[int, typer.Option(help="Rows of the batch.", min=1)] = 1,
     kv_heads: Annotated[
-        int | None, typer.Option(help="Key/value heads.  [default: as many as heads]", min=1)
+        int | None, typer.Option(help="Key/value heads.  \\[default: as many as heads]", min=1)
     ] = None,
     padding: Annotated[
         float, typer.Option(help="Share of the tokens that are padding, e.g. 0.4.")
     ] = 0.0,
     side: Annotated[
         Literal["left", "right"] | None,
-        typer.Option(help="Where the padding lies.  [default: right; left when decoding]"),
+        typer.Option(help="Where the padding lies.  \\[default: right; left when decoding]"),
     ] = None,
     causal: Annotated[bool, typer.Option("--causal", help="A decoder's attention.")] = False,
     window: Annotated[
@@ -37,7 +37,7 @@ def explain(
     grad: Annotated[bool, typer.Option("--grad", help="Forward and backward.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="One new token per row.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="E.g. bf16.  [default: bf16 on a GPU, float32 on a CPU]")
+        str | None, typer.Option(help="E.g. bf16.  \\[default: bf16 on a GPU, float32 on a CPU]")
     ] = None,
     pad_output: Annotated[
         Literal["zeros", "sdpa"] | None, typer.Option(help="As in smartattn.use.")
@@ -47,7 +47,7 @@ def explain(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:N, or or a measured GPU, here or not: nvidia-h200."),
+        typer.Option(help="cpu, cuda, cuda:N, or the name of a measured GPU: nvidia-h200."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:

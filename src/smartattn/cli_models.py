@@ -36,25 +36,25 @@ Model = Annotated[
 ]
 GgufFile = Annotated[str | None, typer.Option(help="GGUF file in that folder.")]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch", help="Rows of a batch.  [default: 8; 4 on a CPU]", min=1)
+    int | None, typer.Option("--batch", help="Rows of a batch.  \\[default: 8; 4 on a CPU]", min=1)
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens per row, padding included.  [default: 1024; 128 on a CPU]", min=1),
+    typer.Option(help="Tokens per row, padding included.  \\[default: 1024; 128 on a CPU]", min=1),
 ]
 Padding = Annotated[float, typer.Option(help="Share of the tokens that are padding.")]
 Side = Annotated[
     Literal["left", "right"] | None,
-    typer.Option(help="Where the padding lies.  [default: left for decoders, else right]"),
+    typer.Option(help="Where the padding lies.  \\[default: left for decoders, else right]"),
 ]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt per line, instead of random tokens.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: cuda if there is one]")
+    str | None, typer.Option(help="cpu, cuda or cuda:N.  \\[default: cuda if there is one]")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="E.g. float16.  [default: bfloat16 on a GPU, else float32]")
+    str | None, typer.Option(help="E.g. float16.  \\[default: bfloat16 on a GPU, else float32]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 

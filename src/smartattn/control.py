@@ -71,7 +71,7 @@ def use(
         backends: names of the backends that may run. A call that all of them refuse raises
             :class:`~smartattn.UnsupportedCallError`.
         pad_output: what the output holds at padding positions: ``"zeros"`` lets a backend skip
-            them (they are finite, and zeros where tokens were packed); ``"sdpa"`` keeps the values
+            them (they are finite, and zeros where it did); ``"sdpa"`` keeps the values
             that SDPA computes there, for models that use them.
         objective: what to choose the backend by: ``"latency"`` takes the fastest, ``"memory"`` the
             one with the lowest peak memory, ``"accuracy"`` the one with the smallest measured error
@@ -133,7 +133,10 @@ def settings_for(config: Any) -> Settings:
     given = None
     if config is not None:
         # Configurations override attribute access, which costs more than all of this.
-        given = object.__getattribute__(config, "__dict__").get(ATTRIBUTE)
+        try:
+            given = object.__getattribute__(config, "__dict__").get(ATTRIBUTE)
+        except AttributeError:
+            given = None  # a module's own idea of a configuration, such as a dict
     if given is None and _process is _DEFAULT:
         return block
     return _merge(block, given, _process)

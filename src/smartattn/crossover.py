@@ -146,7 +146,7 @@ def show(found: Sequence[Map], console: Console) -> None:
     places = _places(found)
     letters = _letters(list(places))
     for one in found:
-        table = Table("padding", title=one.title, title_justify="left", pad_edge=False)
+        table = Table("padding", title=one.title, title_justify="left", pad_edge=False, padding=0)
         for length in one.lengths:
             table.add_column(f"{length // 1024}k" if length >= 1024 else str(length))
         for share, row in zip(one.shares, one.cells, strict=True):

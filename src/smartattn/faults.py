@@ -47,7 +47,6 @@ def may_repeat(error: Exception, backend: Backend, plan: Plan, call: Call) -> bo
 
     If so the backend has been quarantined, with a warning.
     """
-    backend = getattr(error, "smartattn_backend", backend)
     if backend.indispensable or not is_unsupported(error):
         return False
     reason = f"failed in this process with {_one_line(error)}"

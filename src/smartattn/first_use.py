@@ -65,7 +65,7 @@ class FirstUses:
             f"({build_us / 1e3:.0f} ms), which pays once it has come often enough"
         )
         chosen = replace(decision, backend=backend, reason=reason)
-        wait = functools.partial(_Waiting, shape, loss_us, build_us, backend, bind, plan, call)
+        wait = functools.partial(_Waiting, shape, loss_us, build_us, backend, plan, call)
         return chosen, lambda: wait().run
 
     def _shape(self, backend: Backend, plan: Plan, call: Call) -> _Shape:
@@ -104,7 +104,7 @@ class FirstUses:
 
 
 class _Waiting:
-    """Runs one backend until another one is worth building."""
+    """Runs one backend until another one is worth building; then the plan has to choose again."""
 
     def __init__(
         self,
@@ -112,17 +112,13 @@ class _Waiting:
         loss_us: float,
         build_us: float,
         now: Backend,
-        later: Callable[[], Runner],
         plan: Plan,
         call: Call,
     ) -> None:
         self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
         self._now = now.bind(plan, call)
-        self._later_backend = later
-        self._later: Runner | None = None
-        self._bind_later = later
         # A checkpointed layer must run again as it ran in the forward.
-        self._may_change = not call.grad
+        self._choices = None if call.grad else plan.decisions
 
     def run(
         self,
@@ -132,16 +128,9 @@ class _Waiting:
         arguments: Mapping[str, Any],
     ) -> torch.Tensor:
         shape = self._shape
-        if shape.built and self._may_change:
-            if self._later is None:
-                self._later = self._bind_later()
-            try:
-                return self._later(query, key, value, arguments)
-            except Exception as error:
-                # The decision names the backend that runs until then; ``faults`` asks who it was.
-                error.smartattn_backend = self._later_backend  # type: ignore[attr-defined]
-                raise
         shape.lost_us += self._loss_us
         if shape.lost_us * _MORE_TO_COME >= self._build_us:
             shape.built = True
+        if shape.built and self._choices is not None:
+            self._choices.clear()
         return self._now(query, key, value, arguments)

@@ -1,4 +1,4 @@
-"""The two functions that Transformers calls, and nothing else that knows Transformers.
+"""The two functions that Transformers calls.
 
 Once per forward and mask type Transformers calls :func:`smart_mask`, which measures the padding of
 the batch and returns it as a plan that travels in the mask's place; once per layer it calls
@@ -28,6 +28,7 @@ from .arguments import (
     packed_by_arguments,
 )
 from .backends import BACKENDS
+from .backends.base import releases
 from .call import Call, Runner
 from .choose import LATENCY, Chooser, Decision
 from .control import Settings, settings_for
@@ -130,9 +131,8 @@ def smart_attention(
         scaling,
         features,
         kwargs.get("softcap") if features else None,
-        torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad),
-        torch.are_deterministic_algorithms_enabled(),
+        _needs_grad(query, key, value, dropout),
+        torch.are_deterministic_algorithms_enabled() or bool(kwargs.get("deterministic")),
         settings,
     )
     while True:
@@ -163,6 +163,7 @@ def _plan_of(
 ) -> Plan:
     """The plan that a mask carries, or one for a mask that carries none."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    settings = None
     if type(mask) is PlanMask:
         plan = mask.plan
         if plan is not None:
@@ -171,25 +172,29 @@ def _plan_of(
             if plan.q_len == q_len and plan.kv_len == kv_len:
                 return plan
             # Where it hides nothing, other implementations would have got None: any shape will do.
-            mask, is_causal = plan.dense_mask(), False
+            mask, is_causal, settings = plan.dense_mask(), False, plan.settings
         else:
             mask = mask.dense()
     if mask is None:
         device = query.device
         causal = bool(is_causal) and q_len > 1
-        return _unmasked_plan(batch, q_len, kv_len, causal, device, id(profile_for(device)))
+        stamp = (id(profile_for(device)), releases())
+        return _unmasked_plan(batch, q_len, kv_len, causal, device, stamp)
     if mask.device != query.device:
         mask = mask.to(query.device)
-    return Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
+    other = Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
+    other.settings = settings
+    return other
 
 
 @functools.lru_cache(maxsize=256)
 def _unmasked_plan(
-    batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device, profile: int
+    batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device, stamp: tuple[int, int]
 ) -> Plan:
     """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward.
 
-    ``profile`` is the identity of the profile in force: another one brings other choices.
+    ``stamp`` changes with the profile in force and with quarantines that ended: both bring other
+    choices.
     """
     pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
     return Plan(batch, q_len, kv_len, pattern, device)
@@ -226,8 +231,7 @@ def _choose(
         scaling=scaling,
         dropout=dropout,
         softcap=kwargs.get("softcap"),
-        grad=torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad),
+        grad=_needs_grad(query, key, value, dropout),
         deterministic=torch.are_deterministic_algorithms_enabled()
         or bool(kwargs.get("deterministic")),
         self_attention=is_self_attention(type(module))  # type: ignore[arg-type]
@@ -241,7 +245,9 @@ def _choose(
     objective = settings.objective or LATENCY
     decision = _chooser(plan, call, profile, settings.backends, objective)
     bind: Callable[[], Runner] = functools.partial(decision.backend.bind, plan, call)
-    if settings.backends is None and objective.goal == "latency":
+    # A plan without settings is shared by forwards; with gradients its choice could never change.
+    lasting = call.grad and plan.settings is None
+    if settings.backends is None and objective.goal == "latency" and not lasting:
         decision, bind = _first_uses.settle(decision, plan, call)
     _log(plan, call, decision)
     try:
@@ -254,6 +260,21 @@ def _choose(
             module, query, key, value, plan, dropout, scaling, features, kwargs, settings
         )
     return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
+
+
+def _needs_grad(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
+) -> bool:
+    """Whether a backward may follow.
+
+    Dropout says so too: a reentrant checkpoint runs its layers without gradients first, and must
+    draw the same dropout when it runs them again.
+    """
+    if dropout > 0.0:
+        return True
+    return torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
 
 
 def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:

@@ -104,6 +104,8 @@ def _located(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
         raise ModelError(f"there is no file {path / gguf_file}")
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no folder {name}")
     return name, {} if gguf_file is None else {"gguf_file": gguf_file}
 
 

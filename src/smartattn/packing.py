@@ -65,7 +65,7 @@ def scatter(
     if index is None:
         return packed.view(batch, length, heads, dim)
     padded = packed.new_zeros(batch * length, heads, dim)
-    return padded.index_copy(0, index, packed).view(batch, length, heads, dim)
+    return padded.index_copy_(0, index, packed).view(batch, length, heads, dim)
 
 
 def packs_queries(plan: Plan, call: Call) -> bool:

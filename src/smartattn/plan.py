@@ -117,7 +117,8 @@ class Plan:
                 if real_on_device is None:
                     self._real_host = real
         self._derived: dict[Any, Any] = {}
-        self._twins: dict[torch.device, Plan] = {device: self}
+        #: This plan on other devices.
+        self._twins: dict[torch.device, Plan] = {}
         #: Choices already made for the layers of this forward, see ``integration``.
         self.decisions: dict[Any, Any] = {}
         #: What the caller had set when the forward began, see ``control``.
@@ -163,7 +164,9 @@ class Plan:
         """The window hides a key that the pattern alone would show."""
         if self.window is None:
             return False
-        return self.window < self.visible if self.is_causal else self.window < self.kv_len - 1
+        if self.is_causal:
+            return self.window < self.visible
+        return self.window < max(self.shift + self.q_len - 1, self.kv_len - 1 - self.shift)
 
     @property
     def padding_share(self) -> float:
@@ -265,6 +268,8 @@ class Plan:
 
     def on(self, device: torch.device) -> Plan:
         """This plan with its tensors on ``device``; made once per device."""
+        if device == self.device:
+            return self
         twin = self._twins.get(device)
         if twin is None:
             twin = object.__new__(Plan)
@@ -275,6 +280,7 @@ class Plan:
             twin.packings = {}
             twin._given = _moved(self._given, device)
             twin._real_on_device = _moved(self._real_on_device, device)
+            self._twins[self.device] = self
             self._twins[device] = twin
         return twin
 
@@ -296,7 +302,7 @@ class Plan:
             q_length = np.count_nonzero(real[:, self.shift :], axis=1).astype(np.int64)
         if not self.is_causal and self.q_len != self.kv_len:
             # Keys of another length than the queries: the mask says nothing about the queries.
-            q_start, q_length = np.zeros_like(start), np.full_like(length, self.q_len)
+            q_start, q_length = np.full_like(start, self.shift), np.full_like(length, self.q_len)
         if not contiguous:
             padding = Padding.HOLES
         elif bool((start == 0).all()):

@@ -133,7 +133,8 @@ class Trace:
         lines = [_table(self.rows)]
         for stack in self.stacks:
             how = "without padding" if stack.packed else "padded"
-            lines.append(f"{stack.model}: {stack.calls} forwards {how}, {stack.reason}")
+            forwards = f"{stack.calls} forward{'s' * (stack.calls != 1)}"
+            lines.append(f"{stack.model}: {forwards} {how}, {stack.reason}")
         return "\n".join(lines)
 
 

@@ -77,6 +77,7 @@ def summarize(examinations: Examinations, implementation: str) -> dict[str, Any]
         "built": len(built),
         "call_the_interface": sum(bool(e["interface_calls"]) for e in built),
         "compared": sum(cell.compared for cell in table),
+        "per_scenario": dict(Counter(cell.scenario for cell in table if cell.compared)),
         "verdicts": dict(Counter(cell.tested["verdict"] for cell in table)),
         "largest_agreeing_error": max(agreeing, default=None),
         "padding_ignored": [name for name, e in examinations.items() if _ignores_padding(e)],
@@ -101,7 +102,10 @@ def format_summary(summary: Mapping[str, Any], implementation: str, seconds: flo
         f"{len(summary['rejected_by_baseline'])} do not load with {BASELINE}",
         f"{summary['compared']} comparisons of {implementation} with eager: {counts}",
         f"largest relative error that counts as agreement: {error:.1e}",
-        f"{seconds:.0f} s",
+        f"{seconds:.0f} s with " + ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "",
+        "architectures compared per scenario: "
+        + ", ".join(f"{name} {count}" for name, count in summary["per_scenario"].items()),
     ]
     for title, key in (
         ("not built", "not_built"),

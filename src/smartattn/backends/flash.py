@@ -8,13 +8,11 @@ from collections.abc import Callable
 import torch
 
 from ..call import Call, Runner
-from ..layouts import VarlenLayout
-from ..packing import bind_in_place, bind_packed, packs_queries
+from ..packing import VarlenKernel, bind_in_place, bind_packed, packs_queries
 from ..plan import Padding, Plan
 
 #: Dense attention over (batch, length, heads, head_dim) tensors.
 DenseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenLayout], torch.Tensor]
 
 
 class Route(enum.Enum):
@@ -103,6 +101,15 @@ def bind_varlen(kernel: VarlenKernel, how: Route, plan: Plan, call: Call) -> Run
     if how is Route.IN_PLACE:
         return bind_in_place(kernel, plan, call)
     return bind_packed(kernel, plan, call)
+
+
+def on_rocm() -> str | None:
+    """Why no flash kernel is used on AMD's GPUs, None elsewhere.
+
+    Their builds have the same signatures, and ignore offsets, used lengths and softcap without a
+    word.
+    """
+    return "untested on ROCm, where its kernels ignore arguments" if torch.version.hip else None
 
 
 def unit_stride(states: torch.Tensor) -> torch.Tensor:

@@ -11,22 +11,26 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import varlen_refusals
+from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
     DenseKernel,
     Route,
-    VarlenKernel,
     bind_dense,
     bind_varlen,
     flash_window,
+    on_rocm,
     route,
     unit_stride,
 )
 
 #: The extension's functions and how many arguments they are known to take.
 _KNOWN_SIGNATURES = {"fwd": 13, "varlen_fwd": 21, "fwd_kvcache": 20}
+
+
+#: What is used of the package.
+_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 
 
 @functools.cache
@@ -36,8 +40,13 @@ def _package() -> tuple[Any, str | None]:
         package = importlib.import_module("flash_attn")
     except Exception as error:  # a broken build may raise anything
         return None, f"flash-attn cannot be imported: {type(error).__name__}: {error}"
-    if not str(package.__version__).startswith("2."):
-        return None, f"flash-attn 2 is needed, {package.__version__} is installed"
+    # FlashAttention-4 installs itself into the same package, which has no version then.
+    version = getattr(package, "__version__", "another package of its name")
+    if not str(version).startswith("2."):
+        return None, f"flash-attn 2 is needed, {version} is installed"
+    missing = [name for name in _FUNCTIONS if not hasattr(package, name)]
+    if missing:
+        return None, f"flash-attn {version} has no {missing[0]}"
     return package, None
 
 
@@ -64,10 +73,14 @@ def _has_dropout(device: torch.device) -> bool:
     """Whether the installed build has dropout, which it can be compiled without."""
     package, _ = _package()
     tensor = torch.zeros(1, 16, 1, 64, dtype=torch.float16, device=device)
-    try:
-        package.flash_attn_func(tensor, tensor, tensor, dropout_p=0.5)
-    except RuntimeError:
-        return False
+    # A layer that is checkpointed asks once, and must draw the same dropout when it runs again.
+    with torch.random.fork_rng(devices=[device]):
+        try:
+            package.flash_attn_func(tensor, tensor, tensor, dropout_p=0.5)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
     return True
 
 
@@ -88,7 +101,7 @@ class FlashAttention2Backend(Backend):
     )
 
     def unavailable(self) -> str | None:
-        return _package()[1]
+        return on_rocm() or _package()[1]
 
     def remedy(self) -> str | None:
         reason = self.unavailable()

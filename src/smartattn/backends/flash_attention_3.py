@@ -10,16 +10,16 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import varlen_refusals
+from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Padding, Plan
 from .base import Backend, Support
 from .flash import (
     DenseKernel,
     Route,
-    VarlenKernel,
     bind_dense,
     bind_varlen,
     flash_window,
+    on_rocm,
     route,
     unit_stride,
 )
@@ -69,6 +69,8 @@ def has(feature: str, device: torch.device) -> bool:
     window = (4, 0) if feature == "window" else (-1, -1)
     try:
         _call(operator, (tensor, tensor, tensor), scale=0.125, causal=False, window=window)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True
@@ -94,7 +96,7 @@ class FlashAttention3Backend(Backend):
     )
 
     def unavailable(self) -> str | None:
-        return _operator()[1]
+        return on_rocm() or _operator()[1]
 
     def remedy(self) -> str | None:
         return None if self.unavailable() is None else "pip install fa3-fwd"

@@ -163,14 +163,23 @@ def _takes_grouped_heads(
     """Whether a fused kernel does; the math kernel holds all the scores in memory."""
     if mask is None:
         return _grouped_without_mask(call)
-    kernel = _fused_sdp_choice(
-        query, key, value, mask, call.dropout, False, scale=call.scaling, enable_gqa=True
-    )
+    if call.device.type not in _CHOOSING_DEVICES:
+        return False
+    try:
+        kernel = _fused_sdp_choice(
+            query, key, value, mask, call.dropout, False, scale=call.scaling, enable_gqa=True
+        )
+    except (NotImplementedError, TypeError):
+        return False
     return bool(kernel != _MATH)
 
 
 def _grouped_without_mask(call: Call) -> bool:
     return call.head_dim == call.value_head_dim <= 256
+
+
+#: Where torch tells which kernel it would run.
+_CHOOSING_DEVICES = frozenset({"cpu", "cuda", "xpu"})
 
 
 #: Which kernel torch would run; costs the host one or two microseconds.

@@ -11,16 +11,16 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import varlen_refusals
+from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
     DenseKernel,
     Route,
-    VarlenKernel,
     bind_dense,
     bind_varlen,
     flash_window,
+    on_rocm,
     route,
     unit_stride,
 )
@@ -87,7 +87,7 @@ class TorchVarlenBackend(Backend):
     )
 
     def unavailable(self) -> str | None:
-        return _varlen_attn()[2]
+        return on_rocm() or _varlen_attn()[2]
 
     def remedy(self) -> str | None:
         return None if self.unavailable() is None else "pip install --upgrade 'torch>=2.11'"
