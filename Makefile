@@ -32,7 +32,7 @@ endif
 PIP = $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST)
 
-.PHONY: demo test test-newest test-floor lint gpu-report bench sweep mutations fuzz outputs docs clean
+.PHONY: demo test test-newest test-floor load lint gpu-report bench sweep mutations fuzz outputs docs clean
 .DELETE_ON_ERROR:
 
 # Where other work shares the cores, OpenMP threads that spin at barriers cost ten times as much.
@@ -56,6 +56,10 @@ FLOOR_TESTS := $(filter-out $(addprefix tests/test_,$(addsuffix .py,\
 
 test-floor: $(TEST_READY) $(FLOOR_READY)
 	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST) -m "not slow" $(FLOOR_TESTS) $(PYTEST_ARGS)
+
+# Faults that need many processes, or minutes.
+load: $(TEST_READY)
+	$(PYTHON) -m pytest -q -m load
 
 lint: $(TEST_READY)
 	$(PYTHON) -m ruff check

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, EncoderDecoderConfig
 
 import smartattn
+from smartattn.plan import Plan
 
 from .agreement import MASKS, WIDTH, assert_agree, output_of, run, set_implementation
 from .tiny_models import BOS, PAD, from_config, tiny_config, tiny_model, token_ids
@@ -258,3 +261,31 @@ print("switched")
     assert "smart" in run_
     assert "not" in run_
     assert switched == "switched"
+
+
+@pytest.mark.parametrize("backends", [None, "sdpa_unpadded", "eager"])
+@pytest.mark.parametrize("padding", ["left", "holes"])
+def test_what_a_forward_measured_is_gone_with_it(padding: str, backends: str | None) -> None:
+    """At once, and not when the garbage collector comes: it holds masks on the device."""
+    if (padding, backends) == ("holes", "sdpa_unpadded"):
+        backends = "sdpa"
+    made = []
+    original = Plan.__init__
+
+    def remembered(self: Plan, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        made.append(weakref.ref(self))
+
+    model = tiny_model("llama", "smart")
+    inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS[padding]}
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+            patched.setattr(Plan, "__init__", remembered)
+            with smartattn.use(backends=backends):
+                model(**inputs)
+        assert made
+        assert not [plan for plan in made if plan() is not None]
+    finally:
+        gc.enable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,7 +119,7 @@ class _Waiting:
         self._shape, self._loss_us, self._build_us = shape, loss_us, build_us
         self._now = now.bind(plan, call)
         # A checkpointed layer must run again as it ran in the forward.
-        self._choices = None if call.grad else plan.decisions
+        self._plan = None if call.grad else weakref.ref(plan)
 
     def run(
         self,
@@ -131,6 +132,6 @@ class _Waiting:
         shape.lost_us += self._loss_us
         if shape.lost_us * _MORE_TO_COME >= self._build_us:
             shape.built = True
-        if shape.built and self._choices is not None:
-            self._choices.clear()
+        if shape.built and self._plan is not None and (plan := self._plan()) is not None:
+            plan.decisions.clear()
         return self._now(query, key, value, arguments)

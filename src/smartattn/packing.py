@@ -80,12 +80,11 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
 
     It returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    pack_queries = packs_queries(plan, call)
+    layout = plan.varlen(packs_queries(plan, call))
 
     def run(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
     ) -> torch.Tensor:
-        layout = plan.varlen(pack_queries)
         packed = kernel(
             gather(query, layout.q_index),
             gather(key, layout.k_index),

@@ -37,6 +37,8 @@ class EagerBackend(Backend):
         return True
 
     def bind(self, plan: Plan, call: Call) -> Runner:
+        mask = plan.additive_mask(call.dtype)
+
         def run(
             query: torch.Tensor,
             key: torch.Tensor,
@@ -49,7 +51,7 @@ class EagerBackend(Backend):
                 query,
                 key,
                 value,
-                plan.additive_mask(query.dtype),
+                mask,
                 dropout=call.dropout,
                 scaling=call.scaling,
                 **given,

@@ -37,21 +37,24 @@ class SdpaBackend(Backend):
         if unmasked and keys is None and not biased:
             return _bind_unmasked(call, causal)
 
+        # The runner holds masks and not the plan, which holds the runner.
+        if unmasked and not biased:
+            shared = None
+        elif biased or (call.keep_padding_output and plan.pattern is not Pattern.OTHER):
+            # torch's own conversion decides what a query that sees nothing gets.
+            shared = plan.dense_mask()
+        else:
+            shared = plan.bias(call.dtype)
+
         def run(
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
             arguments: Mapping[str, Any],
         ) -> torch.Tensor:
+            mask = shared
             if biased:
-                mask = _biased(arguments["position_bias"], plan.dense_mask(), query.dtype)
-            elif unmasked:
-                mask = None
-            elif call.keep_padding_output and plan.pattern is not Pattern.OTHER:
-                # torch's own conversion decides what a query that sees nothing gets.
-                mask = plan.dense_mask()
-            else:
-                mask = plan.bias(query.dtype)
+                mask = _biased(arguments["position_bias"], shared, query.dtype)
             if keys is not None:
                 key, value = key[:, :, keys], value[:, :, keys]
                 mask = None if mask is None else mask[..., keys]
