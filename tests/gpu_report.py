@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import smartattn
 
 from . import gpu_results
 
@@ -38,12 +41,22 @@ def environment() -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
     facts["python"] = sys.version.split()[0]
+    facts["smartattn"] = f"{smartattn.__version__}, source {source_digest()}"
     for package in ("torch", "transformers", "flash-attn", "fa3-fwd", "accelerate", "triton"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts
+
+
+def source_digest() -> str:
+    """Which code was tested: a digest of the package's sources and profiles."""
+    digest = hashlib.sha256()
+    files = [*ROOT.glob("src/smartattn/**/*.py"), *ROOT.glob("calibration/profiles/*.json")]
+    for file in sorted(files):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _driver() -> str | None:
