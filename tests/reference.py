@@ -306,4 +306,4 @@ class VarlenReference(Backend):
                 window=window,
             )
 
-        return bind_varlen(kernel, how, plan, call)
+        return bind_varlen(kernel, how, plan, call, used_keys=not call.grad)

@@ -165,14 +165,21 @@ def test_refusals_come_all_at_once() -> None:
         ({"real": None}, False, Route.DENSE),
         ({"side": "right"}, False, Route.DENSE),
         ({"side": "left"}, False, Route.KEY_BOUNDS),
-        ({"side": "left"}, True, Route.PACKED),
+        ({"side": "left"}, True, Route.IN_PLACE),
+        ({"side": "left", "token_major_keys": False}, True, Route.PACKED),
+        ({"side": "both", "token_major_keys": False}, False, Route.IN_PLACE),
+        ({"side": "holes"}, True, Route.PACKED),
+        ({"side": "right", "width": 512}, False, Route.IN_PLACE),
+        ({"side": "right", "width": 512}, True, Route.IN_PLACE),
+        ({"side": "right", "width": 512, "token_major_keys": False}, False, Route.DENSE),
+        ({"side": "right", "width": 512, "padding": 40}, True, Route.DENSE),
         ({"side": "left", "window": 3}, False, Route.KEY_BOUNDS),
         ({"side": "right", "window": 3}, False, Route.DENSE),
         ({"side": "both", "window": 3}, False, Route.IN_PLACE),
         ({"side": "both"}, False, Route.IN_PLACE),
         ({"side": "holes"}, False, Route.PACKED),
         ({"side": "right", "causal": False}, False, Route.IN_PLACE),
-        ({"side": "right", "causal": False}, True, Route.PACKED),
+        ({"side": "right", "causal": False}, True, Route.IN_PLACE),
         ({"side": "both", "causal": False, "own": False}, False, Route.KEY_BOUNDS),
         ({"side": "both", "q_len": 1}, False, Route.KEY_BOUNDS),
         ({"side": "left", "q_len": 1, "window": 3}, False, Route.KEY_BOUNDS),
@@ -182,13 +189,14 @@ def test_refusals_come_all_at_once() -> None:
 def test_how_a_flash_kernel_reads_a_batch(
     facts: dict[str, Any], grad: bool, expected: Route
 ) -> None:
-    width, q_len = 8, facts.get("q_len", 8)
+    width = facts.get("width", 8)
+    q_len = facts.get("q_len", width)
     real = np.ones((2, width), dtype=bool)
     side = facts.get("side")
     if side in ("left", "both"):
         real[0, :3] = False
     if side in ("right", "both"):
-        real[1, -2:] = False
+        real[1, -facts.get("padding", width // 4) :] = False
     if side == "holes":
         real[0, 4] = False
     causal = facts.get("causal", True)
@@ -205,6 +213,7 @@ def test_how_a_flash_kernel_reads_a_batch(
     call = Call(
         CPU, torch.float32, 2, q_len, width, 4, 4, 8, 8, grad=grad,
         self_attention=facts.get("own", True),
+        token_major_keys=facts.get("token_major_keys", True),
     )  # fmt: skip
     assert varlen_refusals(plan, call) == []
     assert route(plan, call, key_bounds=True, in_place=True) is expected

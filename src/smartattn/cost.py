@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from pydantic import Field, StringConstraints, model_validator
 
+from .backends.flash import skipping_pays
 from .backends.sdpa import needs_no_mask
 from .call import Call
 from .machine import Record
@@ -47,6 +48,7 @@ FEATURES: dict[str, str] = {
     "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
+    "sequence_pairs": "real_pairs, or visible_pairs of right padding that is not worth skipping",
 }
 
 #: Layers that one forward's preparation is divided among: those of BERT-large, between the 16 of
@@ -264,8 +266,11 @@ def features(plan: Plan, call: Call) -> tuple[float, ...]:
     keys = call.batch * visible * 1e-3
     real_keys = plan.real_k * 1e-3
     dense = queries * visible * 1e-3
+    real_pairs = plan.attended_pairs(pack_queries) * heads * 1e-6
     # Query i of a causal call does not see the q_len - 1 - i keys that come after its own.
     hidden = call.q_len - 1 if plan.is_causal else 0
+    visible_pairs = max(0.0, dense - queries * hidden * 0.5e-3) * heads
+    whole = plan.is_padded and needs_no_mask(plan, call) and not skipping_pays(plan, call)
     concatenated = not call.token_major_keys
     return (
         1.0,
@@ -273,8 +278,8 @@ def features(plan: Plan, call: Call) -> tuple[float, ...]:
         1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
         facts.sequences * heads * 1e-3,
         dense * heads,
-        max(0.0, dense - queries * hidden * 0.5e-3) * heads,
-        plan.attended_pairs(pack_queries) * heads * 1e-6,
+        visible_pairs,
+        real_pairs,
         dense,
         queries * heads,
         plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
@@ -287,6 +292,7 @@ def features(plan: Plan, call: Call) -> tuple[float, ...]:
         visible * 1e-3,
         facts.walked * 1e-3,
         facts.groups * (queries * heads + 2 * keys * kv_heads),
+        visible_pairs if whole else real_pairs,
     )
 
 

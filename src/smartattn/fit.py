@@ -48,7 +48,7 @@ _WALKS = (
         "call",
         "groups",
         "sequences",
-        "real_pairs",
+        "sequence_pairs",
         "dense_queries",
         "real_queries",
         "real_keys",
@@ -69,8 +69,11 @@ _WALKS = (
 )
 #: The work that nobody can avoid, per mode: attended pairs, or for one query the keys to read.
 _NEEDED: dict[Mode, str] = {"forward": "real_pairs", "train": "real_pairs", "decode": "real_keys"}
-#: What it is called where the padded tensors are walked.
-_NEEDED_DENSE = {"real_pairs": "visible_pairs", "real_keys": "dense_keys"}
+#: What it is called by what is walked.
+_NEEDED_AS = {
+    "real_pairs": ("real_pairs", "sequence_pairs", "visible_pairs"),
+    "real_keys": ("real_keys", "dense_keys"),
+}
 #: Share of the lowest time per unit of it that the coefficient is at least. All of it would leave
 #: nothing for the other features of the very sample that reached it.
 _CREDIBLE_RATE = 0.5
@@ -183,8 +186,8 @@ class _Group:
 
     def _least(self, columns: FloatArray) -> FloatArray:
         """What the coefficients are at least."""
-        name = _NEEDED[self.regime.mode]
-        place = _PLACES[name if columns[_PLACES[name]] else _NEEDED_DENSE[name]]
+        names = _NEEDED_AS[_NEEDED[self.regime.mode]]
+        place = next(_PLACES[name] for name in names if columns[_PLACES[name]])
         own = float((self.device_us / np.maximum(self.amounts[:, place], 1e-12)).min())
         least = np.zeros(len(FEATURES))
         least[place] = _CREDIBLE_RATE * min(self.best_rate, own)

@@ -108,11 +108,14 @@ def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
     )
 
 
-def in_place_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
+def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool) -> VarlenLayout:
     """The layout of the padded tensors as they lie in memory, for contiguous real tokens.
 
-    The padding between the sequences becomes sequences of its own without a single key, for which
-    a kernel writes zeros and computes nothing: 2 * sequences + 1 in all.
+    The padding between the sequences becomes sequences of its own, which cost next to nothing. With
+    ``used_keys`` they own queries and keys of which none is used: 2 * sequences + 1 in all. Kernels
+    that do not take the number of keys in use, as none with a backward does, get the padding's
+    queries without a key, for which they write zeros, and then its keys without a query, whose
+    gradients are zeros: 3 * sequences + 2 in all, less the empty ones.
     """
     sequences = _of(plan)
     if not sequences.contiguous:
@@ -126,18 +129,29 @@ def in_place_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
         sequences.k_length,
         plan.batch * plan.kv_len,
     )
-    used = np.zeros(2 * len(sequences) + 1, dtype=np.int64)
-    used[1::2] = sequences.k_length
-    parts = _uploaded([cu_q, cu_k, used], plan.device)
+    used_k = None
+    if used_keys:
+        used = np.zeros(2 * len(sequences) + 1, dtype=np.int64)
+        used[1::2] = sequences.k_length
+        parts = _uploaded([cu_q, cu_k, used], plan.device)
+        used_k = parts[2]
+    else:
+        # Each gap ends twice: first for the queries, then for the keys.
+        cu_q = np.insert(cu_q, np.arange(2, len(cu_q) + 1, 2), cu_q[1::2])
+        cu_k = np.insert(cu_k, np.arange(1, len(cu_k), 2), cu_k[:-1:2])
+        filled = np.append(True, (np.diff(cu_q) > 0) | (np.diff(cu_k) > 0))
+        cu_q, cu_k = cu_q[filled], cu_k[filled]
+        parts = _uploaded([cu_q, cu_k], plan.device)
     return VarlenLayout(
         cu_seqlens_q=parts[0],
         cu_seqlens_k=parts[1],
         # Padding too has to be written; and 1 would mean exactly one query per sequence.
         max_seqlen_q=max(2, int(np.diff(cu_q).max())),
-        max_seqlen_k=max(1, int(sequences.k_length.max(initial=0))),
+        # The gradients of the padding's keys have to be written too.
+        max_seqlen_k=max(1, int((sequences.k_length if used_keys else np.diff(cu_k)).max())),
         total_q=plan.batch * plan.q_len,
         total_k=plan.batch * plan.kv_len,
-        used_k=parts[2],
+        used_k=used_k,
     )
 
 

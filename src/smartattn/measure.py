@@ -33,6 +33,8 @@ _LONG = 0.05
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
 _GROUPS = list(FEATURES).index("groups")
+#: Backends that take sequences of all lengths in one kernel.
+_VARLEN = frozenset({"flash_attention_2", "flash_attention_3", "torch_varlen"})
 
 
 @dataclass
@@ -171,6 +173,10 @@ def candidates(
     ]
     if plan.is_packed:
         able = [backend for backend in able if not backend.uses_dense_mask(plan, call)] or able
+    if plan.device.type == "cuda" and any(b.name in _VARLEN for b in able):
+        # Nearly every batch brings new lengths, and SDPA builds kernels for each of them: never
+        # worth it beside a kernel that takes all lengths, and most of a calibration's time.
+        able = [backend for backend in able if backend.name != "sdpa_unpadded"]
     return able
 
 

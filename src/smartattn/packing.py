@@ -96,13 +96,15 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
     return run
 
 
-def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
+def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call, used_keys: bool = False) -> Runner:
     """A runner that sends the padded tensors through a kernel which skips what lies between.
+
+    ``used_keys`` says that the kernel takes the number of keys in use.
 
     Tensors whose batches do not follow each other in memory are copied once, padding included. It
     returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    layout = plan.in_place(packs_queries(plan, call))
+    layout = plan.in_place(packs_queries(plan, call), used_keys)
     shape = (call.batch, call.q_len, call.heads, call.value_head_dim)
 
     def run(

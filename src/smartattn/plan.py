@@ -246,9 +246,12 @@ class Plan:
         """Where the real tokens lie once they are packed, see :func:`layouts.packed_layout`."""
         return self._derive(("varlen", pack_queries), lambda: packed_layout(self, pack_queries))
 
-    def in_place(self, pack_queries: bool) -> VarlenLayout:
+    def in_place(self, pack_queries: bool, used_keys: bool) -> VarlenLayout:
         """Where they lie in the padded tensors, see :func:`layouts.in_place_layout`."""
-        return self._derive(("in place", pack_queries), lambda: in_place_layout(self, pack_queries))
+        return self._derive(
+            ("in place", pack_queries, used_keys),
+            lambda: in_place_layout(self, pack_queries, used_keys),
+        )
 
     def key_bounds(self) -> KeyBounds:
         """Where the real keys of each row begin and end, see :func:`layouts.key_bounds`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -28,22 +29,41 @@ class Route(enum.Enum):
     PACKED = "packed"
 
 
-def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool) -> Route:
+#: Right padding under a causal mask is skipped where it is this share of the tokens, in tensors of
+#: this many queries; below, the kernel for sequences has nothing to gain.
+_SPARED_SHARE, _SPARED_QUERIES = 0.1, 512
+
+
+def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bool = True) -> Route:
     """The cheapest exact way to read a batch that :func:`packing.varlen_refusals` lets through.
 
     Args:
-        key_bounds, in_place: whether the kernel has these ways, which have no backward.
+        key_bounds, in_place, dense: whether the kernel has these ways, the first of which has no
+            backward.
     """
-    if runs_dense(plan, call):
-        return Route.DENSE
+    fallback = Route.PACKED
+    if dense and runs_dense(plan, call):
+        fallback = Route.DENSE
+        if not (in_place and skipping_pays(plan, call)):
+            return fallback
     sequences = plan.sequences
-    if call.grad or call.dropout or plan.is_packed or sequences is None:
-        return Route.PACKED
-    if not sequences.contiguous:
-        return Route.PACKED
-    if key_bounds and bounds_suffice(plan, call):
+    if plan.is_packed or sequences is None or not sequences.contiguous:
+        return fallback
+    inference = not call.grad and not call.dropout
+    if key_bounds and inference and bounds_suffice(plan, call):
         return Route.KEY_BOUNDS
-    return Route.IN_PLACE if in_place else Route.PACKED
+    # Keys as a cache concatenates them would be copied, padding included.
+    return Route.IN_PLACE if in_place and (inference or call.token_major_keys) else fallback
+
+
+def skipping_pays(plan: Plan, call: Call) -> bool:
+    """Whether a kernel for sequences beats the dense one, which computes the padding as well."""
+    return (
+        plan.is_padded
+        and call.token_major_keys
+        and plan.q_len >= _SPARED_QUERIES
+        and plan.real_q <= (1 - _SPARED_SHARE) * plan.batch * plan.q_len
+    )
 
 
 def runs_dense(plan: Plan, call: Call) -> bool:
@@ -81,6 +101,27 @@ def flash_window(plan: Plan) -> tuple[int, int]:
     return (plan.window - 1, 0) if plan.is_causal else (plan.window, plan.window)
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What all flash kernels are told, in the form of their compiled functions."""
+
+    scale: float
+    causal: bool
+    #: (left, right), -1 is no bound.
+    window: tuple[int, int]
+    softcap: float
+
+    @classmethod
+    def of(cls, plan: Plan, call: Call) -> Facts:
+        """The facts of one call."""
+        return cls(
+            scale=float(call.head_dim**-0.5 if call.scaling is None else call.scaling),
+            causal=plan.is_causal and call.q_len > 1,
+            window=flash_window(plan),
+            softcap=float(call.softcap or 0.0),
+        )
+
+
 def bind_dense(kernel: DenseKernel, plan: Plan, call: Call) -> Runner:
     """A runner that hands the padded tensors to a kernel of (batch, length, heads, dim) tensors."""
     if plan.visible < call.kv_len:
@@ -91,15 +132,25 @@ def bind_dense(kernel: DenseKernel, plan: Plan, call: Call) -> Runner:
             key[:, :, visible].transpose(1, 2),
             value[:, :, visible].transpose(1, 2),
         )
+    return bind_whole(kernel)
+
+
+def bind_whole(kernel: DenseKernel) -> Runner:
+    """A runner that hands all of the tensors to such a kernel."""
     return lambda query, key, value, _: kernel(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     )
 
 
-def bind_varlen(kernel: VarlenKernel, how: Route, plan: Plan, call: Call) -> Runner:
-    """A runner that hands sequences of (tokens, heads, dim) to a kernel, in place or packed."""
+def bind_varlen(
+    kernel: VarlenKernel, how: Route, plan: Plan, call: Call, used_keys: bool = False
+) -> Runner:
+    """A runner that hands sequences of (tokens, heads, dim) to a kernel, in place or packed.
+
+    ``used_keys`` says that the kernel takes the number of keys in use.
+    """
     if how is Route.IN_PLACE:
-        return bind_in_place(kernel, plan, call)
+        return bind_in_place(kernel, plan, call, used_keys)
     return bind_packed(kernel, plan, call)
 
 

@@ -11,15 +11,15 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import VarlenKernel, varlen_refusals
+from ..packing import varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
-    DenseKernel,
+    Facts,
     Route,
     bind_dense,
     bind_varlen,
-    flash_window,
+    bind_whole,
     on_rocm,
     route,
     unit_stride,
@@ -123,84 +123,101 @@ class FlashAttention2Backend(Backend):
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        extension = None if call.grad or call.dropout else _extension()
-        how = route(plan, call, key_bounds=True, in_place=extension is not None)
-        if how is Route.KEY_BOUNDS:
-            return _bind_key_bounds(plan, call)
-        if how is Route.DENSE:
-            return bind_dense(_dense(extension, plan, call), plan, call)
-        return bind_varlen(_varlen(extension, plan, call), how, plan, call)
+        if not call.grad and not call.dropout and _extension() is not None:
+            return _bind_thin(_extension(), plan, call)
+        return _bind_public(_package()[0], plan, call)
 
 
-def _scale(call: Call) -> float:
-    return float(call.head_dim**-0.5 if call.scaling is None else call.scaling)
-
-
-def _options(plan: Plan, call: Call) -> dict[str, Any]:
-    """The arguments that all public functions of the package take."""
-    return {
-        "softmax_scale": call.scaling,
-        "causal": plan.is_causal and call.q_len > 1,
-        "window_size": flash_window(plan),
-        "softcap": call.softcap or 0.0,
+def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
+    """Through the package's own functions, which have a backward and dropout."""
+    facts = Facts.of(plan, call)
+    options = {
+        "softmax_scale": facts.scale,
+        "causal": facts.causal,
+        "window_size": facts.window,
+        "softcap": facts.softcap,
     }
+    how = route(plan, call, key_bounds=True, in_place=True)
+    if how is Route.KEY_BOUNDS:
+        bounds = plan.key_bounds()
+        options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
+        return bind_whole(functools.partial(package.flash_attn_with_kvcache, **options))
+    options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
+    if how is Route.DENSE:
+        return bind_dense(functools.partial(package.flash_attn_func, **options), plan, call)
+    function = package.flash_attn_varlen_func
 
-
-def _dense(extension: Any | None, plan: Plan, call: Call) -> DenseKernel:
-    if extension is None:
-        function = _package()[0].flash_attn_func
-        options = _options(plan, call)
-        options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
-
-        def public(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            output = function(q, k, v, **options)
-            assert isinstance(output, torch.Tensor)
-            return output
-
-        return public
-    forward, scale, softcap = extension.fwd, _scale(call), float(call.softcap or 0.0)
-    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
-
-    def thin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        output: torch.Tensor = forward(
-            q, k, v, None, None, 0.0, scale, causal, left, right, softcap, False, None
-        )[0]
-        return output
-
-    return thin
-
-
-def _varlen(extension: Any | None, plan: Plan, call: Call) -> VarlenKernel:
-    if extension is None:
-        function = _package()[0].flash_attn_varlen_func
-        options = _options(plan, call)
-        options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
-
-        def public(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
-        ) -> torch.Tensor:
-            output = function(
-                q,
-                k,
-                v,
-                layout.cu_seqlens_q,
-                layout.cu_seqlens_k,
-                layout.max_seqlen_q,
-                layout.max_seqlen_k,
-                **options,
-            )
-            assert isinstance(output, torch.Tensor)
-            return output
-
-        return public
-    forward, scale, softcap = extension.varlen_fwd, _scale(call), float(call.softcap or 0.0)
-    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
-
-    def thin(
+    def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
     ) -> torch.Tensor:
-        output: torch.Tensor = forward(
+        output = function(
+            q,
+            k,
+            v,
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_k,
+            layout.max_seqlen_q,
+            layout.max_seqlen_k,
+            **options,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    return bind_varlen(kernel, how, plan, call)
+
+
+def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
+    """Through the compiled functions, for a forward alone."""
+    facts = Facts.of(plan, call)
+    scale, causal, (left, right), softcap = facts.scale, facts.causal, facts.window, facts.softcap
+    how = route(plan, call, key_bounds=True, in_place=True)
+    if how is Route.KEY_BOUNDS:
+        fwd_kvcache, bounds = extension.fwd_kvcache, plan.key_bounds()
+        start, end = bounds.start, bounds.end
+
+        def bounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = fwd_kvcache(
+                unit_stride(q),
+                unit_stride(k),
+                unit_stride(v),
+                None,
+                None,
+                end,
+                None,
+                None,
+                None,
+                start,
+                None,
+                None,
+                None,
+                scale,
+                causal,
+                left,
+                right,
+                softcap,
+                True,
+                0,
+            )[0]
+            return output
+
+        return bind_whole(bounded)
+    if how is Route.DENSE:
+        fwd = extension.fwd
+
+        def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+            output: torch.Tensor = fwd(
+                q, k, v, None, None, 0.0, scale, causal, left, right, softcap, False, None
+            )[0]
+            return output
+
+        return bind_dense(dense, plan, call)
+    varlen_fwd = extension.varlen_fwd
+
+    def varlen(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
+    ) -> torch.Tensor:
+        output: torch.Tensor = varlen_fwd(
             unit_stride(q),
             unit_stride(k),
             unit_stride(v),
@@ -225,55 +242,4 @@ def _varlen(extension: Any | None, plan: Plan, call: Call) -> VarlenKernel:
         )[0]
         return output
 
-    return thin
-
-
-def _bind_key_bounds(plan: Plan, call: Call) -> Runner:
-    """Through the kernel for caches, which reads keys from an offset to an end, of any strides."""
-    extension, bounds = _extension(), plan.key_bounds()
-    kernel: DenseKernel
-    if extension is None:
-        function = _package()[0].flash_attn_with_kvcache
-        options = _options(plan, call)
-        options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
-
-        def public(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            output = function(q, k, v, **options)
-            assert isinstance(output, torch.Tensor)
-            return output
-
-        kernel = public
-    else:
-        forward, scale, softcap = extension.fwd_kvcache, _scale(call), float(call.softcap or 0.0)
-        causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
-        start, end = bounds.start, bounds.end
-
-        def thin(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = forward(
-                unit_stride(q),
-                unit_stride(k),
-                unit_stride(v),
-                None,
-                None,
-                end,
-                None,
-                None,
-                None,
-                start,
-                None,
-                None,
-                None,
-                scale,
-                causal,
-                left,
-                right,
-                softcap,
-                True,
-                0,
-            )[0]
-            return output
-
-        kernel = thin
-    return lambda query, key, value, _: kernel(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    )
+    return bind_varlen(varlen, how, plan, call, used_keys=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from ..plan import Padding, Plan
 from .base import Backend, Support
 from .flash import (
     DenseKernel,
+    Facts,
     Route,
     bind_dense,
     bind_varlen,
-    flash_window,
     on_rocm,
     route,
     unit_stride,
@@ -122,33 +123,26 @@ class FlashAttention3Backend(Backend):
         return bind_varlen(_varlen(plan, call), how, plan, call)
 
 
-def _facts(plan: Plan, call: Call) -> dict[str, Any]:
-    scale = call.head_dim**-0.5 if call.scaling is None else call.scaling
-    return {
-        "scale": float(scale),
-        "causal": plan.is_causal and call.q_len > 1,
-        "window": flash_window(plan),
-        "softcap": float(call.softcap or 0.0),
-        # One query: only by splitting the keys do few rows fill the device.
-        "num_splits": 0 if call.q_len == 1 else 1,
-    }
+def _options(plan: Plan, call: Call) -> dict[str, Any]:
+    # One query: only by splitting the keys do few rows fill the device.
+    return asdict(Facts.of(plan, call)) | {"num_splits": 0 if call.q_len == 1 else 1}
 
 
 def _dense(plan: Plan, call: Call, bounded: bool) -> DenseKernel:
-    operator, facts = _operator()[0], _facts(plan, call)
+    operator, options = _operator()[0], _options(plan, call)
     start = end = None
     if bounded:
         bounds = plan.key_bounds()
         start, end = bounds.start, bounds.end
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _call(operator, (q, k, v), used_k=end, leftpad_k=start, **facts)
+        return _call(operator, (q, k, v), used_k=end, leftpad_k=start, **options)
 
     return kernel
 
 
 def _varlen(plan: Plan, call: Call) -> VarlenKernel:
-    operator, facts = _operator()[0], _facts(plan, call)
+    operator, options = _operator()[0], _options(plan, call)
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -159,7 +153,7 @@ def _varlen(plan: Plan, call: Call) -> VarlenKernel:
             cu_seqlens=(layout.cu_seqlens_q, layout.cu_seqlens_k),
             longest=(layout.max_seqlen_q, layout.max_seqlen_k),
             used_k=layout.used_k,
-            **facts,
+            **options,
         )
 
     return kernel

@@ -104,12 +104,12 @@ class TorchVarlenBackend(Backend):
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         operator = None if call.grad else _operator()
-        if operator is None:
-            return bind_varlen(_public(plan, call), Route.PACKED, plan, call)
-        how = route(plan, call, key_bounds=False, in_place=True)
+        thin = operator is not None
+        how = route(plan, call, key_bounds=False, in_place=True, dense=thin)
         if how is Route.DENSE:
             return bind_dense(_dense(operator, plan, call), plan, call)
-        return bind_varlen(_varlen(operator, plan, call), how, plan, call)
+        kernel = _varlen(operator, plan, call) if thin else _public(plan, call)
+        return bind_varlen(kernel, how, plan, call, used_keys=thin)
 
 
 def _dense(operator: Any, plan: Plan, call: Call) -> DenseKernel:
