@@ -130,6 +130,8 @@ class Run:
     results: list[Any] = field(default_factory=list)
     #: Names of workloads for which the time limit left no time.
     not_run: list[str] = field(default_factory=list)
+    #: Figures that belong to no workload.
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -170,6 +172,7 @@ def measured(
     device: torch.device,
     budget: Budget,
     json_file: Path | None,
+    extra: dict[str, Any] | None = None,
 ) -> Run:
     """Runs workloads model by model, prints a line of each, and saves after each.
 
@@ -178,8 +181,9 @@ def measured(
         build: a model by its name.
         measure: the result of a workload with its model.
         show: the line of a result.
+        extra: figures that belong to no workload.
     """
-    run = Run(versions(device), not_run=[workload.name for workload in chosen])
+    run = Run(versions(device), not_run=[w.name for w in chosen], extra=extra or {})
     for model_name in dict.fromkeys(workload.model for workload in chosen):
         if budget.spent:
             break
@@ -209,6 +213,7 @@ def save(path: Path, run: Run) -> None:
         "versions": run.versions,
         "results": [asdict(result) for result in run.results],
         "not_run": run.not_run,
+        "extra": run.extra,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -230,12 +235,14 @@ def load(paths: Sequence[Path], kind: type[Any]) -> list[Run]:
             results = [
                 kind(**{k: v for k, v in row.items() if k in known}) for row in document["results"]
             ]
-            read = Run(document["versions"], results, document.get("not_run", []))
+            skipped, extra = document.get("not_run", []), document.get("extra", {})
+            read = Run(document["versions"], results, skipped, extra)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not of this benchmark: {error!r}") from None
         run = runs.setdefault(read.label, Run(read.versions))
         together = {result.workload: result for result in [*run.results, *read.results]}
         run.results = list(together.values())
+        run.extra |= read.extra
         left = dict.fromkeys([*run.not_run, *read.not_run])
         run.not_run = [name for name in left if name not in together]
     return list(runs.values())
