@@ -11,6 +11,7 @@
 #   BASE_PYTHON=python3.12     make .venv from this interpreter
 #   TORCH=torch==2.12.0        which torch goes into .venv
 #   PYTEST_ARGS="-k plan"      more arguments for pytest
+#   BENCH_ARGS="--budget 500"  more arguments for the benchmarks
 
 TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
@@ -70,9 +71,13 @@ lint: $(TEST_READY)
 gpu-report: $(TEST_READY)
 	$(PYTHON) -m tests.gpu_report
 
+# Figures and pages go to build/bench/; more arguments: make bench BENCH_ARGS="--budget 500".
 bench: $(TEST_READY)
-	$(PYTHON) -m benchmarks.models
-	$(PYTHON) -m benchmarks.padding_free
+	mkdir -p build/bench
+	for name in models padding_free calls; do \
+		$(PYTHON) -m benchmarks.$$name --json build/bench/$$name.json --page build/bench/$$name.md \
+			$(BENCH_ARGS) || exit 1; \
+	done
 
 sweep: $(TEST_READY)
 	$(PYTHON) -m tests.sweep

@@ -7,30 +7,28 @@ the device synchronised before and after; compare ratios within one run, not tim
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import gc
-import json
+import math
 import random
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import smartattn
 
+from . import common
+from .common import FEWEST_ROUNDS, Budget, mean_of, number, timed
+
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "smart")
-#: Seconds that each implementation runs before the rounds, and calls at least.
-WARM_UP = 0.5
+#: Seconds that each implementation runs between its first call and the rounds, and calls at least.
+WARM_UP = 0.3
 FEWEST_WARM_UPS = 2
+#: Milliseconds from which one call warms up enough.
+LONG = 1000.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,25 @@ class Result:
     first_ms: dict[str, float] = field(default_factory=dict)
     median_ms: dict[str, float] = field(default_factory=dict)
     spread_ms: dict[str, float] = field(default_factory=dict)
-    #: Largest |difference from sdpa| / largest |sdpa|, at real tokens.
+    #: Largest |difference from sdpa| / largest |sdpa|, at real tokens; of training, of the loss.
     difference: dict[str, float] = field(default_factory=dict)
+    #: Generation: share of the new tokens that are those of sdpa.
+    equal_tokens: dict[str, float] = field(default_factory=dict)
+    #: Peak of the memory that tensors hold, weights included.
     peak_mib: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     chosen: str = ""
+
+    def over(self, name: str) -> float | None:
+        """Time of another implementation divided by that of smart."""
+        other, smart = self.median_ms.get(name), self.median_ms.get("smart")
+        return other / smart if other and smart else None
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the better of the two others divided by that of smart."""
+        others = [over for name in IMPLEMENTATIONS[:2] if (over := self.over(name)) is not None]
+        return min(others) if others else None
 
 
 def workloads() -> Iterator[Workload]:
@@ -261,9 +273,19 @@ def _train(model: Any, batch: dict[str, Any], labels: torch.Tensor) -> torch.Ten
 
 
 def measure(
-    workload: Workload, model: Any, device: torch.device, rounds: int, seconds: float
+    workload: Workload,
+    model: Any,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    end: float = math.inf,
 ) -> Result:
-    """Interleaved rounds of all implementations on one workload."""
+    """Interleaved rounds of all implementations on one workload.
+
+    Args:
+        rounds, seconds: it ends after so many rounds, or so long once ``FEWEST_ROUNDS`` are done.
+        end: of ``time.perf_counter()``, when the fewest rounds have to do.
+    """
     result = Result(workload.name)
     # Round 0 is for the output and the first call alone.
     run, real = task(workload, model, device, rounds + 1)
@@ -272,143 +294,135 @@ def measure(
     for name in IMPLEMENTATIONS:
         try:
             model.set_attn_implementation(name)
+            common.reset_peak(device)
             with smartattn.trace() as trace:
-                result.first_ms[name] = _timed(run, 0, device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            output = run(0)
-            if device.type == "cuda":
-                result.peak_mib[name] = torch.cuda.max_memory_allocated() / 2**20
-        except (ImportError, ValueError, torch.cuda.OutOfMemoryError) as error:
+                result.first_ms[name], output = timed(lambda: run(0), device)
+            if workload.task != "stream":
+                # Batches that never come back are never warm.
+                del output
+                common.reset_peak(device)
+                again_ms, output = timed(lambda: run(0), device)
+            peak = common.peak_mib(device)
+        except (ImportError, OSError, ValueError, torch.cuda.OutOfMemoryError) as error:
             result.failed[name] = f"{type(error).__name__}: {error}"
             continue
         times[name] = []
+        if peak is not None:
+            result.peak_mib[name] = peak
         if name == "smart":
             result.chosen = ", ".join(sorted({row.backend for row in trace.rows}))
         # On the host: a reference on the device would count as memory of the others.
-        values = (output if real is None else output[real]).float().cpu()
+        values = (output if real is None else output[real]).cpu()
+        del output
         if name == "sdpa":
             reference = values
-        _warm_up(run, device)
         if reference is not None and reference.shape == values.shape:
-            scale = reference.abs().max().clamp(min=1e-12)
-            result.difference[name] = float((values - reference).abs().max() / scale)
-        del output, values
-    end = time.perf_counter() + seconds
+            _compare(result, workload, name, values, reference, device)
+        del values
+        if workload.task != "stream":
+            _warm_up(run, device, again_ms)
+    del reference
+    end = min(end, time.perf_counter() + seconds)
     order, shuffle = list(times), random.Random(0)
-    for number in range(rounds):
+    for number_ in range(1, rounds + 1):
         # Whoever comes first or after another must not always be the same.
         shuffle.shuffle(order)
         for name in order:
             model.set_attn_implementation(name)
-            times[name].append(_timed(run, number + 1, device))
-        if number >= 2 and time.perf_counter() > end:
+            times[name].append(timed(lambda: run(number_), device)[0])  # noqa: B023
+        if number_ >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
     for name, values_ms in times.items():
-        result.median_ms[name] = statistics.median(values_ms)
-        quartiles = statistics.quantiles(values_ms, n=4) if len(values_ms) > 2 else [0.0, 0.0, 0.0]
-        result.spread_ms[name] = quartiles[2] - quartiles[0]
+        result.median_ms[name], result.spread_ms[name] = common.middle(values_ms)
     return result
 
 
-def _warm_up(run: Callable[[int], Any], device: torch.device) -> None:
-    """What comes back often is built by now, and the clocks of the device are up."""
-    end, number = time.perf_counter() + WARM_UP, 0
-    while number < FEWEST_WARM_UPS or time.perf_counter() < end:
-        _timed(run, 0, device)
-        number += 1
+def _compare(
+    result: Result,
+    workload: Workload,
+    name: str,
+    values: torch.Tensor,
+    reference: torch.Tensor,
+    device: torch.device,
+) -> None:
+    if workload.task == "generate":
+        new = slice(workload.length, None)
+        equal = values[:, new] == reference[:, new]
+        result.equal_tokens[name] = float(equal.float().mean())
+        return
+    ours, theirs = values.to(device).float(), reference.to(device).float()
+    scale = theirs.abs().max().clamp(min=1e-12)
+    result.difference[name] = float((ours - theirs).abs().max() / scale)
 
 
-def _timed(run: Callable[[int], Any], number: int, device: torch.device) -> float:
-    """Milliseconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+def _warm_up(run: Callable[[int], Any], device: torch.device, ms: float) -> None:
+    """What comes back often is built by now, and the clocks of the device are up.
+
+    Args:
+        ms: what the warm call before took.
+    """
+    end, number_ = time.perf_counter() + WARM_UP - ms / 1e3, 1
+    while ms < LONG and (number_ < FEWEST_WARM_UPS or time.perf_counter() < end):
+        ms, _ = timed(lambda: run(0), device)
+        number_ += 1
 
 
 def ratio(result: Result) -> float | None:
     """Time of smart divided by that of the better of the two others."""
-    others = [ms for name, ms in result.median_ms.items() if name != "smart"]
-    smart = result.median_ms.get("smart")
-    return smart / min(others) if smart is not None and others else None
+    return 1.0 / result.speedup if result.speedup else None
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """The cells of a workload in :func:`table`."""
+    times = (number(result.median_ms.get(name), ".2f") for name in IMPLEMENTATIONS)
+    return (result.workload, *times, number(ratio(result), ".3f"), result.chosen)
 
 
 def table(results: list[Result]) -> str:
     """Markdown, one row per workload."""
-    lines = [
-        "| workload | sdpa ms | FA2 ms | smart ms | smart / better | chosen |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        cells = [
-            f"{result.median_ms[name]:.2f}" if name in result.median_ms else "-"
-            for name in IMPLEMENTATIONS
-        ]
-        share = ratio(result)
-        shown = f"{share:.3f}" if share is not None else "-"
-        lines.append(f"| {result.workload} | {' | '.join(cells)} | {shown} | {result.chosen} |")
+    header = ("workload", "sdpa ms", "FA2 ms", "smart ms", "smart / better", "chosen")
+    text = common.markdown(header, map(row, results))
     shares = [share for result in results if (share := ratio(result)) is not None]
     if shares:
-        mean = statistics.geometric_mean(shares)
-        worst = max(shares)
-        lines.append(f"\ngeometric mean {mean:.3f}, worst {worst:.3f}, {len(shares)} workloads")
-    return "\n".join(lines)
-
-
-def versions(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    found: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "smartattn": smartattn.__version__,
-    }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cudnn"] = torch.backends.cudnn.version()
-    try:
-        import flash_attn
-
-        found["flash-attn"] = flash_attn.__version__
-    except ImportError:
-        found["flash-attn"] = None
-    return found
+        mean, worst = mean_of(shares), max(shares)
+        text += f"\n\ngeometric mean {mean:.3f}, worst {worst:.3f}, {len(shares)} workloads"
+    return text
 
 
 def main() -> None:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", action="append", help="workloads by name, * is a wildcard")
-    parser.add_argument("--tiny", action="store_true", help="small models, for a CPU")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=6.0, help="per workload, once warm")
-    parser.add_argument("--json", type=Path)
+    """Runs the benchmark, prints its table and writes what was asked for."""
+    from . import models_page
+
+    parser = common.parser(__doc__, rounds=9, seconds=2.0)
+    parser.add_argument("--plot", type=Path, help="where to draw the speed-ups, PNG")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = list(tiny_workloads() if arguments.tiny else workloads())
-    if arguments.only:
-        chosen = [w for w in chosen if any(fnmatch.fnmatch(w.name, p) for p in arguments.only)]
-    results: list[Result] = []
-    for model_name in dict.fromkeys(w.model for w in chosen):
-        model = build(model_name, device, dtype)
-        for workload in (w for w in chosen if w.model == model_name):
-            results.append(measure(workload, model, device, arguments.rounds, arguments.seconds))
-            print(table(results[-1:]).splitlines()[2], flush=True)
-            if arguments.json:
-                document = {"versions": versions(device), "results": [asdict(r) for r in results]}
-                arguments.json.write_text(json.dumps(document, indent=1))
-        del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print("\n" + table(results))
+    budget = Budget(arguments.budget)
+    if arguments.from_json:
+        runs = common.load(arguments.from_json, Result)
+    else:
+        device = torch.device(arguments.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        grid = tiny_workloads() if arguments.tiny else workloads()
+        runs = [
+            common.measured(
+                common.selected(grid, arguments.only, arguments.skip),
+                lambda name: build(name, device, dtype),
+                lambda workload, model: measure(
+                    workload, model, device, arguments.rounds, arguments.seconds, budget.end
+                ),
+                lambda result: f"| {' | '.join(row(result))} |",
+                device=device,
+                budget=budget,
+                json_file=arguments.json,
+            )
+        ]
+    for run in runs:
+        print(f"\n{run.label}\n\n{table(run.results)}")
+    # A picture that cannot be drawn must not cost the page.
+    if arguments.page:
+        models_page.write(arguments.page, runs, arguments.plot)
+    if arguments.plot:
+        models_page.plot(arguments.plot, runs)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,20 @@ times with the device synchronised before and after; compare ratios within one r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fnmatch
-import gc
-import json
-import statistics
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import smartattn
 
-from .models import Workload, build, padded_batch, versions
+from . import common
+from .common import FEWEST_ROUNDS, Budget, Judged, Run, judged, number, timed
+from .models import Workload, build, padded_batch
 
 PADDING_FREE = "smart + padding_free"
 IDEAL = "ideal"
@@ -167,11 +164,6 @@ def way(name: str, model: Any, always: bool) -> Iterator[None]:
         yield
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(
     workload: Workload,
     model: Any,
@@ -179,11 +171,14 @@ def measure(
     rounds: int,
     seconds: float,
     always: bool = False,
+    end: float = math.inf,
 ) -> Result:
     """Interleaved rounds of all ways on one workload.
 
     Args:
+        rounds, seconds: it ends after so many rounds, or so long once ``FEWEST_ROUNDS`` are done.
         always: pack whether or not the profile says that it pays.
+        end: of ``time.perf_counter()``, when the fewest rounds have to do.
     """
     result = Result(workload.name)
     padded, packed = tasks(workload, model, device)
@@ -196,17 +191,16 @@ def measure(
         try:
             with way(name, model, always), smartattn.trace() as trace:
                 run()  # First calls compile, allocate and load.
-            if device.type == "cuda":
-                gc.collect()
-                torch.cuda.reset_peak_memory_stats(device)
+            common.reset_peak(device)
             with way(name, model, always):
                 output = run()
-            if device.type == "cuda":
-                result.peak_mib[name] = torch.cuda.max_memory_allocated(device) / 2**20
-        except (ImportError, ValueError, torch.cuda.OutOfMemoryError) as error:
+            peak = common.peak_mib(device)
+        except (ImportError, OSError, ValueError, torch.cuda.OutOfMemoryError) as error:
             result.failed[name] = f"{type(error).__name__}: {error}"
             continue
         times[name] = []
+        if peak is not None:
+            result.peak_mib[name] = peak
         if trace.rows:
             result.chosen[name] = ", ".join(sorted({row.backend for row in trace.rows}))
         for row in trace.stacks:
@@ -221,83 +215,157 @@ def measure(
             result.difference[name] = float((values - reference).abs().max() / scale)
         del output, values
     del reference
-    end = time.perf_counter() + seconds
+    end = min(end, time.perf_counter() + seconds)
     order = list(times)
-    for number in range(rounds):
+    for count in range(1, rounds + 1):
         for name in order:
             with way(name, model, always):
-                run = packed if name == IDEAL else padded
-                _synchronize(device)
-                start = time.perf_counter()
-                run()
-                _synchronize(device)
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(timed(packed if name == IDEAL else padded, device)[0])
         order.append(order.pop(0))
-        if number >= 2 and time.perf_counter() > end:
+        if count >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
     for name, values_ms in times.items():
-        result.median_ms[name] = statistics.median(values_ms)
-        quartiles = statistics.quantiles(values_ms, n=4) if len(values_ms) > 2 else [0.0, 0.0, 0.0]
-        result.spread_ms[name] = quartiles[2] - quartiles[0]
+        result.median_ms[name], result.spread_ms[name] = common.middle(values_ms)
     return result
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """The cells of a workload in :func:`table`."""
+    times = (number(result.median_ms.get(name), ".2f") for name in WAYS)
+    shares = (result.speedup, result.over("smart"), result.over(IDEAL))
+    peaks = (number(result.peak_mib.get(name), ",.0f") for name in ("sdpa", PADDING_FREE))
+    how = "packed" if result.packed else f"padded: {result.reason.split(':')[0]}"
+    shown = (number(share, ".2f") for share in shares)
+    return (result.workload, *times, *shown, ", ".join(peaks), how)
 
 
 def table(results: list[Result]) -> str:
     """Markdown, one row per workload."""
-    times = " | ".join(f"{name} ms" for name in WAYS)
-    lines = [
-        f"| workload | {times} | over the better | over smart | of the ideal | "
-        "peak MiB: sdpa, ours | how |",
-        "|---|" + "---|" * (len(WAYS) + 5),
-    ]
-    for result in results:
-        times = [_number(result.median_ms.get(name), ".2f") for name in WAYS]
-        shares = (result.speedup, result.over("smart"), result.over(IDEAL))
-        peaks = [_number(result.peak_mib.get(name), ",.0f") for name in ("sdpa", PADDING_FREE)]
-        how = "packed" if result.packed else f"padded: {result.reason.split(':')[0]}"
-        cells = [*times, *(_number(share, ".2f") for share in shares), ", ".join(peaks), how]
-        lines.append(f"| {result.workload} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    times = (f"{name} ms" for name in WAYS)
+    shares = ("over the better", "over smart", "of the ideal")
+    header = ("workload", *times, *shares, "peak MiB: sdpa, ours", "how")
+    return common.markdown(header, map(row, results))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+#: What is wanted over the better of the two others, per workload; issue 7.
+_SPEEDUPS = {
+    Workload("bert-large", "forward", 128, 512, 0.5): 2.0,
+    Workload("llama-1b", "prefill", 8, 4096, 0.25, "left"): 1.4,
+    Workload("llama-1b", "prefill", 8, 4096, 0.6, "left"): 2.2,
+    Workload("llama-1b", "prefill", 4, 16384, 0.4, "left"): 1.75,
+    Workload("llama-1b", "train", 8, 2048, 0.5): 1.5,
+    Workload("llama-1b", "first-token", 32, 2048, 0.5, "left"): 1.6,
+}
+#: What is wanted of the ideal, for the forwards among them.
+_OF_THE_IDEAL = 0.93
+
+
+def wanted(run: Run) -> list[Judged]:
+    """What a run is to show."""
+    found = {result.workload: result for result in run.results}
+    rows = []
+    for workload, speedup in _SPEEDUPS.items():
+        result = found.get(workload.name)
+        value = result.speedup if result else None
+        what = f"{workload.name}: over the better of sdpa and FA2"
+        rows.append(judged(what, run, value, at_least=speedup))
+    for workload in _SPEEDUPS:
+        if workload.task in ("forward", "prefill"):
+            result = found.get(workload.name)
+            value = result.over(IDEAL) if result else None
+            what = f"{workload.name}: share of the ideal"
+            rows.append(judged(what, run, value, at_least=_OF_THE_IDEAL))
+    for workload in workloads():
+        if (workload.batch, workload.length) == (8, 128):
+            result = found.get(workload.name)
+            over = result.over("smart") if result else None
+            what = f"{workload.name}: time / smart's without it"
+            rows.append(judged(what, run, 1 / over if over else None, at_most=1.02))
+    for workload in _SPEEDUPS:
+        result = found.get(workload.name)
+        peaks = result.peak_mib if result else {}
+        ours, sdpa = peaks.get(PADDING_FREE), peaks.get("sdpa")
+        note = f"{ours:,.0f} of {sdpa:,.0f} MiB" if ours and sdpa else ""
+        share = ours / sdpa if ours and sdpa else None
+        what = f"{workload.name}: peak memory / sdpa's"
+        rows.append(judged(what, run, share, at_most=1.0, note=note))
+    return rows
+
+
+_HOW_TO_READ = """\
+Milliseconds per call, the median of interleaved rounds: every round runs all the ways. "smart +
+padding_free" takes the padding out around all layers, "ideal" is a batch without padding that holds
+the same tokens at the same lengths, packed by hand. Models have the shapes of real ones and random
+weights, in bfloat16 on a GPU. Compare ratios within one run, not times between runs. Peaks are of
+the memory that tensors hold, weights included."""
+
+
+def page(runs: list[Run]) -> list[str]:
+    """The parts of the page."""
+    name = next((run.versions.get("device") for run in runs), None) or "unknown device"
+    parts = [f"# Padding-free forwards: {name}", "Made by `python -m benchmarks.padding_free`."]
+    parts += [_HOW_TO_READ, common.described(runs)]
+    for run in runs:
+        parts += [f"## Times, {run.label}", table(run.results)]
+        differences = [
+            f"- {result.workload}: "
+            + ", ".join(f"{name} {value:.1e}" for name, value in result.difference.items())
+            for result in run.results
+            if result.difference
+        ]
+        text = "Largest difference from sdpa at real tokens, relative to the largest value (of"
+        parts += [f"{text} training, of the loss):", "\n".join(differences)]
+        failed = [
+            f"- {result.workload}, {name}: {why}"
+            for result in run.results
+            for name, why in result.failed.items()
+        ]
+        parts += ["Did not run:", "\n".join(failed)] if failed else []
+    every = [workload.name for workload in workloads()]
+    if any(result.workload in every for run in runs for result in run.results):
+        parts.append(common.left_out(runs, every))
+        rows = [one for run in runs for one in wanted(run)]
+        parts += ["## Wanted and measured", common.judgements(rows)]
+    else:
+        parts.append(common.left_out(runs, [workload.name for workload in tiny_workloads()]))
+    return parts
 
 
 def main() -> None:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", action="append", help="workloads by name, * is a wildcard")
-    parser.add_argument("--tiny", action="store_true", help="small models, for a CPU")
+    """Runs the benchmark, prints its table and writes what was asked for."""
+    parser = common.parser(__doc__, rounds=9, seconds=15.0)
     parser.add_argument("--always", action="store_true", help="pack even where it does not pay")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=15.0, help="per workload, once warm")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = list(tiny_workloads() if arguments.tiny else workloads())
-    if arguments.only:
-        chosen = [w for w in chosen if any(fnmatch.fnmatch(w.name, p) for p in arguments.only)]
-    results: list[Result] = []
-    for model_name in dict.fromkeys(w.model for w in chosen):
-        model = build(model_name, device, dtype)
-        for workload in (w for w in chosen if w.model == model_name):
-            results.append(
-                measure(
-                    workload, model, device, arguments.rounds, arguments.seconds, arguments.always
-                )
+    budget = Budget(arguments.budget)
+    if arguments.from_json:
+        runs = common.load(arguments.from_json, Result)
+    else:
+        device = torch.device(arguments.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        grid = tiny_workloads() if arguments.tiny else workloads()
+        runs = [
+            common.measured(
+                common.selected(grid, arguments.only, arguments.skip),
+                lambda name: build(name, device, dtype),
+                lambda workload, model: measure(
+                    workload,
+                    model,
+                    device,
+                    arguments.rounds,
+                    arguments.seconds,
+                    arguments.always,
+                    budget.end,
+                ),
+                lambda result: f"| {' | '.join(row(result))} |",
+                device=device,
+                budget=budget,
+                json_file=arguments.json,
             )
-            print(table(results[-1:]).splitlines()[2], flush=True)
-            if arguments.json:
-                document = {"versions": versions(device), "results": [asdict(r) for r in results]}
-                arguments.json.write_text(json.dumps(document, indent=1))
-        del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print("\n" + table(results))
+        ]
+    for run in runs:
+        print(f"\n{run.label}\n\n{table(run.results)}")
+    if arguments.page:
+        common.write(arguments.page, page(runs))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,302 @@
+"""The benchmarks of whole models and of single calls: what they measure, leave out and write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import calls, common, models, models_page, padding_free
+from benchmarks.common import Budget, Run
+
+from smartattn.backends import BACKENDS
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FA3 = {"device": "a GPU", "flash-attn": "2.8.3", "fa3-fwd": "0.0.3"}
+
+
+def saved(path: Path, versions: dict[str, Any], times: dict[str, tuple[float, ...]]) -> Path:
+    """A run as JSON, from (sdpa, FA2, smart) milliseconds by workload; 0 for one that failed."""
+    results = [
+        models.Result(
+            name,
+            first_ms=dict(zip(models.IMPLEMENTATIONS, (300.0, 200.0, 100.0), strict=True)),
+            median_ms={
+                one: ms for one, ms in zip(models.IMPLEMENTATIONS, given, strict=True) if ms
+            },
+            chosen="some_backend",
+        )
+        for name, given in times.items()
+    ]
+    common.save(path, Run(versions, results))
+    return path
+
+
+def every(*given: float) -> dict[str, tuple[float, ...]]:
+    return {workload.name: given for workload in models.workloads()}
+
+
+def verdicts(page: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """(measured, verdict) by figure and run, from the table of a page."""
+    table = page.read_text().split("## Wanted and measured")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.count("|") == 6]
+    cells = [[cell.strip(" *") for cell in row] for row in rows[1:]]
+    return {(row[0], row[1]): (row[3], row[4]) for row in cells if len(row) == 5}
+
+
+def run_main(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    main()
+
+
+WORST = "every workload: smart / min(sdpa, FA2), the worst"
+PADDED = "padded forwards of at least 8,000 tokens: min(sdpa, FA2) / smart, geometric mean"
+
+
+def test_the_page_says_what_was_wanted_and_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = every(1.3, 1.31, 1.0)
+    times["bert-large forward 1x128"] = (1.0, 1.2, 1.05)
+    times["llama-1b generate 8x8192 pad50% left +64"] = (1.3, 1.39, 1.0)
+    times["bert-large forward 32x128 pad25% right"] = (1.0, 3.0, 1.01)
+    file = saved(tmp_path / "a.json", FA3, times)
+    alone = saved(tmp_path / "b.json", {"flash-attn": "2"}, every(1.07, 1.07, 1.0))
+    without = saved(tmp_path / "c.json", {"fa3-fwd": None}, every(1.09, 0.0, 1.0))
+    page = tmp_path / "page.md"
+    files = ("--from-json", file, alone, without)
+    run_main(models.main, monkeypatch, *files, "--page", page)
+    found = verdicts(page)
+    fa3 = "with FlashAttention-3"
+    worst = "1.050, bert-large forward 1x128; 1 of 61 above 1.03"
+    assert found[WORST, fa3] == (worst, "missed")
+    assert found[PADDED, fa3] == ("1.300, 21 workloads", "reached")
+    assert found[PADDED, "flash-attn alone"] == ("1.070, 21 workloads", "reached")
+    assert found[PADDED, "without flash-attn"] == ("1.090, 21 workloads", "missed")
+    mean = (1.3**58 * 1.0 / 1.05 * 1.3 * 1 / 1.01) ** (1 / 61)
+    assert found["all workloads: sdpa / smart, geometric mean", fa3] == (
+        f"{mean:.3f}, 61 workloads",
+        "reached",
+    )
+    named = "llama-1b generate {}: min(sdpa, FA2) / smart"
+    assert found[named.format("8x8192 pad50% left +64"), fa3] == ("1.300", "missed")
+    assert found[named.format("32x2048 pad50% left +64"), fa3] == ("1.300", "reached")
+    bound = "bert-large forward 32x128, padded: smart / sdpa, the worst"
+    assert found[bound, fa3] == ("1.010, bert-large forward 32x128 pad25% right", "missed")
+    text = page.read_text()
+    assert text.count("| bert-large forward 1x128 | 1.050 | some_backend |") == 1
+    assert "fa3-fwd 0.0.3" in text
+    # Without flash-attn there is nothing to compare with but sdpa.
+    assert not any("FA2 / smart" in what for what, run in found if run == "without flash-attn"
+                   and what not in (WORST, PADDED))  # fmt: skip
+
+
+def test_a_figure_with_missing_workloads_is_never_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = every(1.4, 1.4, 1.0)
+    left = "llama-1b prefill 8x4096 pad25% left"
+    del times[left]
+    failed = "bert-large forward 128x512 pad25% right"
+    times[failed] = (1.4, 1.4, 0.0)
+    run = Run(FA3, common.load([saved(tmp_path / "a.json", FA3, times)], models.Result)[0].results)
+    run.not_run = [left]
+    common.save(tmp_path / "a.json", run)
+    page = tmp_path / "page.md"
+    run_main(models.main, monkeypatch, "--from-json", tmp_path / "a.json", "--page", page)
+    found = verdicts(page)
+    label = "with FlashAttention-3"
+    assert found[PADDED, label] == ("1.400, 19 workloads; 2 workloads not measured", "incomplete")
+    assert found[WORST, label][1] == "incomplete"
+    assert f"the time was over before 1 workload: {left}." in page.read_text()
+    # With another part of the grid the same packages make one run again.
+    rest = saved(tmp_path / "rest.json", FA3, {left: (1.4, 1.4, 1.0), failed: (1.4, 1.4, 1.0)})
+    run_main(models.main, monkeypatch, "--from-json", tmp_path / "a.json", rest, "--page", page)
+    assert {verdict for _, verdict in verdicts(page).values()} == {"reached"}
+    assert "Not run" not in page.read_text()
+
+
+def test_files_of_something_else_are_named(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"other\.json is not of this benchmark"):
+        common.load([other], models.Result)
+
+
+def test_what_the_time_does_not_allow_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = common.selected(models.workloads(), ["llama-1b *"], ["*prefill*", "*8x512*"])
+    assert len(chosen) == 7
+    budget = Budget(1000.0)
+    built: list[str] = []
+
+    def measure(workload: models.Workload, model: str) -> models.Result:
+        if workload == chosen[1]:
+            budget.end = 0.0
+        return models.Result(workload.name)
+
+    file = tmp_path / "run.json"
+    run = common.measured(
+        chosen,
+        built.append,
+        measure,
+        lambda result: result.workload,
+        device=CPU,
+        budget=budget,
+        json_file=file,
+    )
+    assert built == ["llama-1b"]
+    assert [result.workload for result in run.results] == [one.name for one in chosen[:2]]
+    assert run.not_run == json.loads(file.read_text())["not_run"]
+    assert run.not_run == [one.name for one in chosen[2:]]
+    assert f"the time was over: {run.not_run[0]}, " in capsys.readouterr().out
+    assert Budget(0.0).spent
+    assert not Budget(None).spent
+
+
+def test_a_hidden_package_is_imported_by_nobody(tmp_path: Path) -> None:
+    """The backend of FlashAttention-3 asks for its module when a model runs, on a CPU too."""
+    (tmp_path / "fa3_fwd_interface.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\n"
+    )
+    info = tmp_path / "fa3_fwd-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fa3-fwd\nVersion: 9.9\n")
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT / "src", ROOT)))
+    command = [sys.executable, "-m", "benchmarks.models", "--tiny", "--device", "cpu"]
+    command += ["--only", "tiny-llama prefill*", "--rounds", "1", "--seconds", "0"]
+    command += ["--json", str(tmp_path / "run.json")]
+    for hidden in (["fa3_fwd_interface"], []):
+        words = [word for name in hidden for word in ("--hide", name)]
+        done = subprocess.run(
+            [*command, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+        assert done.returncode == 0, done.stderr
+        versions = json.loads((tmp_path / "run.json").read_text())["versions"]
+        assert versions["hidden"] == hidden
+        assert versions["fa3-fwd"] == (None if hidden else "9.9")
+        assert (tmp_path / "imported").exists() is not bool(hidden)
+
+
+def test_models_are_measured_and_compared() -> None:
+    built = {}
+    for workload in models.tiny_workloads():
+        if workload.task not in ("forward", "generate", "stream"):
+            continue
+        model = built.setdefault(workload.model, models.build(workload.model, CPU, torch.float32))
+        result = models.measure(workload, model, CPU, rounds=3, seconds=0.0)
+        assert result.median_ms.keys() == result.first_ms.keys() == {"sdpa", "smart"}
+        assert "flash_attention_2" in result.failed
+        assert result.speedup == result.median_ms["sdpa"] / result.median_ms["smart"]
+        if workload.task == "generate":
+            assert result.equal_tokens == {"sdpa": 1.0, "smart": 1.0}
+        else:
+            assert result.difference["smart"] < 1e-5
+
+
+def test_a_plot_needs_matplotlib_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = common.load([saved(tmp_path / "a.json", FA3, every(1.2, 1.1, 1.0))], models.Result)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(SystemExit, match="needs matplotlib"):
+            models_page.plot(tmp_path / "plot.png", runs)
+    pytest.importorskip("matplotlib")
+    models_page.plot(tmp_path / "plot.png", runs)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_padding_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, ideal = padding_free.PADDING_FREE, padding_free.IDEAL
+    results = [
+        padding_free.Result(
+            workload.name,
+            median_ms={"sdpa": 1.7, "flash_attention_2": 1.8, "smart": 1.0, ours: 1.0, ideal: 0.94},
+            peak_mib={"sdpa": 100.0, ours: 110.0 if workload.task == "train" else 50.0},
+        )
+        for workload in padding_free.workloads()
+    ]
+    common.save(tmp_path / "a.json", Run(FA3, results))
+    page = tmp_path / "page.md"
+    run_main(padding_free.main, monkeypatch, "--from-json", tmp_path / "a.json", "--page", page)
+    found = {what: row for (what, _), row in verdicts(page).items()}
+    over = "over the better of sdpa and FA2"
+    assert found[f"bert-large forward 128x512 pad50% right: {over}"] == ("1.700", "missed")
+    assert found[f"llama-1b prefill 8x4096 pad25% left: {over}"] == ("1.700", "reached")
+    shares = [row for what, row in found.items() if what.endswith("share of the ideal")]
+    assert shares == [("0.940", "reached")] * 4
+    assert found["llama-1b train 8x2048 pad50% right: peak memory / sdpa's"] == (
+        "1.100, 110 of 100 MiB",
+        "missed",
+    )
+    assert len(found) == 6 + 4 + 2 + 6
+
+
+def test_calls_are_compared_with_packed_ones() -> None:
+    """The ratio would mean nothing if the packed call computed something else."""
+    for case in calls.tiny_cases():
+        result = calls.measure(case, CPU, rounds=1, seconds=0.0)
+        assert result.difference < 1e-5
+        assert result.kernel == "sdpa_unpadded"
+        assert result.warm == result.warm_us / result.packed_warm_us
+    names = [case.name for case in calls.cases()]
+    assert len(names) == len(set(names)) == 192
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("sdpa", 1), ("sdpa_unpadded", 2)])
+def test_the_bare_kernel_is_what_a_backend_runs(name: str, kernels: int) -> None:
+    workload = calls._small(calls.host_cases()["prefill, left"])
+    backend = next(one for one in BACKENDS if one.name == name)
+    before = torch.nn.functional.scaled_dot_product_attention
+    with calls.recorded() as found:
+        output = backend.run(workload.plan(CPU), workload.call(CPU), *workload.tensors(CPU)[:3])
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    assert len(found) == kernels
+    # The second row is shorter than the first, or there would be one call.
+    last = found[-1]().transpose(1, 2)
+    rows = -len(last) if name == "sdpa_unpadded" else 0
+    assert torch.equal(last, output[rows:, -last.shape[1] :])
+
+
+def test_the_benchmark_of_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "calls.json", tmp_path / "page.md"
+    arguments = ("--tiny", "--device", "cpu", "--seconds", "0", "--imports", "0", "--rounds", "1")
+    run_main(calls.main, monkeypatch, *arguments, "--json", file, "--page", page)
+    text = page.read_text()
+    assert {row["case"] for row in json.loads(file.read_text())["extra"]["host"]} == set(
+        calls.host_cases()
+    )
+    for title in ("## Device time", "## Host time of a layer", "## Once per forward"):
+        assert title in text
+    run_main(calls.main, monkeypatch, "--from-json", file, "--page", tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == text
+
+
+def test_calls_are_judged() -> None:
+    fields = {"chosen": "a", "kernel": "a", "peak_bytes": 0, "packed_peak_bytes": 0}
+    fields |= {"output_bytes": 1, "packed_output_bytes": 1, "difference": 0.0}
+    results = [
+        calls.Result(name, "group", name, warm_us=110.0, cold_us=cold, packed_warm_us=100.0,
+                     packed_cold_us=100.0, **fields)  # type: ignore[arg-type]
+        for name, cold in (("one", 114.0), ("two", 120.0))
+    ]  # fmt: skip
+    host = [{"case": "a", "chosen": "sdpa", "beyond_us": us} for us in (4.0, 5.5)]
+    run = Run(FA3, results, extra={"host": host})
+    warm, cold, of_host = calls.wanted(run, 2)
+    assert (warm.measured, warm.verdict) == ("1.100, one; 0 of 2 above", "reached")
+    assert (cold.measured, cold.verdict) == ("1.200, two; 1 of 2 above", "missed")
+    assert (of_host.measured, of_host.verdict) == ("5.500, a, sdpa", "missed")
+    assert calls.wanted(run, 3)[0].verdict == "incomplete"
