@@ -173,10 +173,10 @@ def table(judged: dict[str, list[Judged]]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], judged: list[Judged], made: Profile, kind: str) -> None:
     """Prints the table and the worst calls."""
-    print(f"{'policy':<26}{'mode':<10}{'calls':>6}{'mean':>8}{'p95':>8}{'worst':>8}")
+    print(f"{'policy':<38}{'mode':<10}{'calls':>6}{'mean':>8}{'p95':>8}{'worst':>8}")
     for row in rows:
         print(
-            f"{row['policy']:<26}{row['mode']:<10}{row['calls']:>6}"
+            f"{row['policy']:<38}{row['mode']:<10}{row['calls']:>6}"
             f"{row['mean']:>8.3f}{row['p95']:>8.3f}{row['worst']:>8.2f}"
         )
     device = torch.device(kind)
@@ -219,13 +219,20 @@ def main(arguments: list[str] | None = None) -> int:
     made, source = in_force(header.device, given.profile)
     device = torch.device(header.device.kind)
     judged = {name: evaluate.judge(taken, pick, device) for name, pick in policies(made).items()}
+    if (layer := made.surroundings) is not None:
+        # Host and device wait for each other only within a layer; there another backend may win.
+        picks = policies(made) | {"profile": evaluate.by_profile(made, layer)}
+        judged |= {
+            f"{name}, in a layer": evaluate.judge(taken, pick, device, layer)
+            for name, pick in picks.items()
+        }
     if given.folds:
         source = f"{given.folds} folds of {given.samples}"
         judged["profile"] = evaluate.cross_validated(taken, made, device, given.folds)
     elif made.run is not None and given.samples and made.run.raw_samples == given.samples.name:
         source += ", made from these very timings: --folds 10 would be fair"
     if all(sample.backend != "flash_attention_2" for sample in taken):
-        del judged["always flash_attention_2"]
+        judged = {name: one for name, one in judged.items() if "flash_attention_2" not in name}
     rows = table(judged)
     print(f"{header.device}; profile {made.name} ({source}); {header.seconds:.0f} s of measuring")
     for name, reason in header.excluded.items():

@@ -393,7 +393,7 @@ def test_samples_of_before_read_without_the_later_columns(tmp_path: Path) -> Non
     head, rows = samples.load(shipped)
     assert rows
     if not any(row.prepare_us for row in rows):
-        assert rows[0].us == max(rows[0].host_us, rows[0].device_us)
+        assert rows[0].us() == max(rows[0].host_us, rows[0].device_us)
     samples.save(tmp_path / "again", head, rows)
     assert samples.load(tmp_path / "again")[1] == rows
 

@@ -68,7 +68,7 @@ def test_preparation_counts_once_per_forward() -> None:
         sample(work, "sdpa", 30.0),
         sample(work, "sdpa_unpadded", 20.0, prepare_us=20.0 * LAYERS),
     ]
-    assert timings(samples)[work] == {"sdpa": 30.0, "sdpa_unpadded": 40.0}
+    assert timings(samples, torch.device("cpu"))[work] == {"sdpa": 30.0, "sdpa_unpadded": 40.0}
 
 
 def test_workloads_without_a_choice_are_left_out() -> None:

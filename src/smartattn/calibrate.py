@@ -22,6 +22,7 @@ from .machine import Device, identify, versions
 from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError
+from .surroundings import Surroundings, measure_surroundings
 from .timing import cache_flush
 
 #: Seconds of measuring by device kind and mode. Start and fit come on top: they leave room for
@@ -214,6 +215,7 @@ class _Sweep:
     resumed: int = 0
     #: Seconds of measuring, those of a run that was cut short included.
     seconds: float = 0.0
+    surroundings: Surroundings | None = None
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,6 +233,7 @@ class _Sweep:
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
         warm_up(request.device, self.backends)
+        self.surroundings = measure_surroundings(request.device)
         patience = Patience(_PATIENCE[request.mode])
         for sample in self.taken:
             patience.learn(sample)
@@ -303,6 +306,7 @@ class _Sweep:
             complete=complete,
             excluded=self.excluded,
             cold=self.request.cold,
+            surroundings=self.surroundings,
             complaints=tuple(self.watch.complaints()),
         )
 
@@ -318,7 +322,7 @@ class _Sweep:
         except SamplesError:
             return
         wanted = self._header(header.seconds, complete=False)
-        unlike = {"date", "backends", "excluded", "complete", "complaints"}
+        unlike = {"date", "backends", "excluded", "complete", "complaints", "surroundings"}
         if header.model_dump(exclude=unlike) == wanted.model_dump(exclude=unlike):
             self.taken, self.excluded = taken, dict(header.excluded)
             self.resumed, self.seconds = len(taken), header.seconds

@@ -60,6 +60,8 @@ class Verdict:
     expected_error: float | None = None
     #: Microseconds that building kernels for a new shape takes.
     build_us: float = 0.0
+    #: What the rest of the layer waits for, if that is known.
+    bottleneck: Literal["host", "device"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,15 @@ def _best(
     """The best of several backends, and why."""
     shortest = min(estimate.us for _, estimate in estimates)
     fastest = next(
-        (backend, f"fastest by profile {profile}: {estimate.us:.0f} us predicted")
+        (
+            backend,
+            f"fastest by profile {profile}: {estimate.us:.0f} us predicted"
+            + (
+                f" in a layer that waits for the {estimate.bottleneck}"
+                if estimate.bottleneck
+                else ""
+            ),
+        )
         for backend, estimate in estimates
         if estimate.us <= shortest * (1 + TIE)
     )
@@ -219,7 +229,9 @@ class Chooser:
 
 def _kind(plan: Plan, call: Call) -> Hashable:
     """What a choice depends on, with sizes rounded to an eighth of an octave."""
-    sizes = (call.batch, call.q_len, call.kv_len, plan.real_q, plan.real_k)
+    sizes = [call.batch, call.q_len, call.kv_len]
+    if plan.is_padded or plan.is_packed:
+        sizes += (plan.real_q, plan.real_k, plan.attended_pairs(True))
     return (
         plan.pattern,
         plan.padding,
@@ -239,8 +251,7 @@ def _kind(plan: Plan, call: Call) -> Hashable:
         call.features,
         call.q_len == 1,
         len(plan.sequences) if plan.is_packed and plan.sequences is not None else None,
-        *(int(8 * math.log2(size + 1)) for size in sizes),
-        int(8 * math.log2(plan.attended_pairs(True) + 1)),
+        *[int(8 * math.log2(size + 1)) for size in sizes],
     )
 
 

@@ -20,6 +20,7 @@ from .call import Call
 from .machine import Record
 from .packing import packs_queries
 from .plan import Padding, Plan
+from .surroundings import Surroundings, waited_us
 
 Mode = Literal["forward", "train", "decode"]
 Layout = Literal["plain", "right", "padded", "masked", "packed"]
@@ -128,14 +129,16 @@ class Cost(Record):
 class Estimate(NamedTuple):
     """What a profile expects of one backend on one call."""
 
-    #: Microseconds: the larger one of host and device time, and this layer's share of what is
-    #: prepared once per forward.
+    #: Microseconds that the call adds to its layer, and this layer's share of what is prepared once
+    #: per forward. A layer of which nothing is known has to wait for both host and device.
     us: float
     #: Peak memory above the inputs in bytes, and relative error; None where it was not measured.
     peak_bytes: float | None
     error: float | None
     #: Microseconds that the first call of a shape takes longer; 0 if none is known.
     build_us: float = 0.0
+    #: What the rest of the layer waits for; None if nothing is known of it.
+    bottleneck: Literal["host", "device"] | None = None
 
 
 class _Model(NamedTuple):
@@ -152,9 +155,14 @@ class _Model(NamedTuple):
 
 
 class Predictor:
-    """Cost models, indexed for prediction."""
+    """Cost models, indexed for prediction.
 
-    def __init__(self, costs: Sequence[Cost]) -> None:
+    Args:
+        surroundings: the rest of a layer; None for calls on their own.
+    """
+
+    def __init__(self, costs: Sequence[Cost], surroundings: Surroundings | None = None) -> None:
+        self._surroundings = surroundings
         self._models: dict[Any, list[_Model]] = {}
         for cost in costs:
             model = _Model(
@@ -197,12 +205,21 @@ class Predictor:
         scale = max(1.0, wanted_dim / model.head_dim)
         if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
-        us = max(_weighted(model.host, amounts), scale * _weighted(model.device, amounts))
+        host_us, device_us = (
+            _weighted(model.host, amounts),
+            scale * _weighted(model.device, amounts),
+        )
+        slack_us = 0.0
+        bottleneck: Literal["host", "device"] | None = None
+        if self._surroundings is not None:
+            slack_us = self._surroundings.slack_us(call)
+            bottleneck = "host" if slack_us < 0 else "device"
         return Estimate(
-            us=us + _weighted(model.prepare, amounts) / LAYERS,
+            us=waited_us(host_us, device_us, slack_us) + _weighted(model.prepare, amounts) / LAYERS,
             peak_bytes=scale * _weighted(model.memory, amounts) if model.memory else None,
             error=model.error,
             build_us=model.build_us,
+            bottleneck=bottleneck,
         )
 
 

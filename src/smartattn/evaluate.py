@@ -17,6 +17,7 @@ from .fit import fit_costs
 from .plan import Plan
 from .profile import Profile
 from .samples import Sample
+from .surroundings import Surroundings
 from .workload import Workload
 
 #: Picks one of the names for a workload on a device; None if it takes none of them.
@@ -25,7 +26,7 @@ Policy = Callable[[Workload, torch.device, Sequence[str]], str | None]
 
 @dataclass(frozen=True)
 class Judged:
-    """One workload under one policy. Times in microseconds, see :attr:`Sample.us`."""
+    """One workload under one policy. Times in microseconds, see :meth:`Sample.us`."""
 
     workload: Workload
     chosen: str
@@ -76,8 +77,11 @@ class _Measured(Backend):
 _STANDINS: dict[str, _Measured] = {backend.name: _Measured(backend.name) for backend in BACKENDS}
 
 
-def by_profile(profile: Profile) -> Policy:
-    """What :func:`~smartattn.choose.choose` does with a profile."""
+def by_profile(profile: Profile, surroundings: Surroundings | None = None) -> Policy:
+    """What :func:`~smartattn.choose.choose` does with a profile, for calls in such layers."""
+    profile = profile.model_copy(update={"surroundings": surroundings})
+    # A copy of a model takes its cached properties along.
+    profile.__dict__.pop("predictor", None)
 
     def pick(workload: Workload, device: torch.device, names: Sequence[str]) -> str:
         known = [one for name, one in _STANDINS.items() if name in names]
@@ -96,23 +100,38 @@ def always(*preferred: str) -> Policy:
     return pick
 
 
-def timings(samples: Iterable[Sample]) -> dict[Workload, dict[str, float]]:
-    """Microseconds by workload and backend, of workloads that leave a choice."""
+def timings(
+    samples: Iterable[Sample], device: torch.device, surroundings: Surroundings | None = None
+) -> dict[Workload, dict[str, float]]:
+    """Microseconds by workload and backend, of workloads that leave a choice.
+
+    Args:
+        surroundings: the rest of the layers that the calls are taken to be in; None for none.
+    """
     found: dict[Workload, dict[str, float]] = defaultdict(dict)
     for sample in samples:
         if sample.status == "ok" and sample.device_us > 0:
-            found[sample.workload][sample.backend] = sample.us
+            slack_us = 0.0
+            if surroundings is not None:
+                slack_us = surroundings.slack_us(sample.workload.call(device))
+            found[sample.workload][sample.backend] = sample.us(slack_us)
     return {workload: us for workload, us in found.items() if len(us) > 1}
 
 
-def judge(samples: Iterable[Sample], policy: Policy, device: torch.device) -> list[Judged]:
+def judge(
+    samples: Iterable[Sample],
+    policy: Policy,
+    device: torch.device,
+    surroundings: Surroundings | None = None,
+) -> list[Judged]:
     """Every workload that a policy decides.
 
     Args:
         device: of the kind that was measured; it need not exist here.
+        surroundings: see :func:`timings`.
     """
     judged = []
-    for workload, us in timings(samples).items():
+    for workload, us in timings(samples, device, surroundings).items():
         chosen = policy(workload, device, list(us))
         if chosen is not None:
             judged.append(Judged(workload, chosen, us))
@@ -144,7 +163,5 @@ def cross_validated(
         rest = [sample for sample in samples if part[sample.workload] != fold]
         out = [sample for sample in samples if part[sample.workload] == fold]
         fitted = profile.model_copy(update={"costs": tuple(fit_costs(rest, device))})
-        # A copy of a model takes its cached properties along.
-        fitted.__dict__.pop("predictor", None)
         judged += judge(out, by_profile(fitted), device)
     return judged

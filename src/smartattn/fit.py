@@ -323,6 +323,7 @@ def fit_profile(
             cold=header.cold,
             complaints=header.complaints,
         ),
+        surroundings=header.surroundings,
         rules=tuple(kept),
         thresholds=tuple(thresholds(costs, device)),
         costs=tuple(costs),

@@ -109,7 +109,11 @@ def measure(
     functions: dict[str, Callable[[], Result]] = {}
     for backend in able:
         sample = Sample(index, workload, backend.name, "ok")
-        if patience is not None and not patience.lasts(backend.name, workload):
+        if (
+            patience is not None
+            and not backend.indispensable
+            and not patience.lasts(backend.name, workload)
+        ):
             found[backend.name] = replace(sample, status="slow")
             continue
         sample, function, reason = _verified(sample, backend, plan, call, tensors, references)

@@ -22,6 +22,7 @@ from .locks import ForkSafeLock
 from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
 from .plan import Plan
 from .stack_rule import StackRule
+from .surroundings import Surroundings
 
 logger = logging.getLogger("smartattn")
 
@@ -133,6 +134,8 @@ class Profile(Record):
     #: Day of the run, ISO 8601.
     date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     run: Run | None = None
+    #: The rest of a layer on this device; without it every call counts on its own.
+    surroundings: Surroundings | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=1000)] = ()
     #: When padding-free models leave the padding out; without any, those of the built-in default.
     padding_free: Annotated[tuple[StackRule, ...], Field(max_length=1000)] = ()
@@ -152,19 +155,19 @@ class Profile(Record):
     @functools.cached_property
     def predictor(self) -> Predictor:
         """The costs, indexed for prediction."""
-        return Predictor(self.costs)
+        return Predictor(self.costs, self.surroundings)
 
     def predict(self, backend: str, plan: Plan, call: Call) -> float | None:
         """Predicted time of a call in microseconds, or None if it was not measured.
 
-        The prediction is the larger one of host and device time, and a layer's share of what is
-        prepared once per forward. It is None for a backend or a
-        regime (mode, layout, causal or not, dtype) without measurements, and beyond
-        ``MAX_EXTRAPOLATION`` times the longest key length or ``MAX_HEAD_DIM_SCALE`` times the
-        largest head_dim measured. Within these bounds the model extrapolates: it is linear in
-        amounts of work. A head_dim between two measured ones costs what the larger one does, one
-        above all of them costs in proportion, and float16 and bfloat16 stand for each other on
-        GPUs where only one was measured.
+        The prediction is what a call adds to the time of its layer, see ``surroundings``, and a
+        layer's share of what is prepared once per forward. It is None for a backend or a regime
+        (mode, layout, causal or not, dtype) without measurements, and beyond ``MAX_EXTRAPOLATION``
+        times the longest key length or ``MAX_HEAD_DIM_SCALE`` times the largest head_dim measured.
+        Within these bounds the model extrapolates: it is linear in amounts of work. A head_dim
+        between two measured ones costs what the larger one does, one above all of them costs in
+        proportion, and float16 and bfloat16 stand for each other on GPUs where only one was
+        measured.
         """
         return self.predictor.predict(backend, plan, call)
 

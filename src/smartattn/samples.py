@@ -16,6 +16,7 @@ from .cost import LAYERS, BackendName
 from .files import StrPath, read_bounded, write_atomically
 from .machine import Device, Line, Record, Versions, one_line
 from .profile import Seconds, Sentence
+from .surroundings import Surroundings, waited_us
 from .workload import FIELDS, WORDS, Workload
 
 #: Bytes of the largest file that is read.
@@ -58,10 +59,13 @@ class Sample:
     #: The first run of all on such shapes: kernels may be loaded, or built for the shape.
     first_us: float = 0.0
 
-    @property
-    def us(self) -> float:
-        """What a layer's call takes: see :class:`~smartattn.cost.Estimate`."""
-        return max(self.host_us, self.device_us) + self.prepare_us / LAYERS
+    def us(self, slack_us: float = 0.0) -> float:
+        """What a call takes on its own, or adds to a layer: see :class:`~smartattn.cost.Estimate`.
+
+        Args:
+            slack_us: see :meth:`~smartattn.surroundings.Surroundings.slack_us`.
+        """
+        return waited_us(self.host_us, self.device_us, slack_us) + self.prepare_us / LAYERS
 
 
 class Header(Record):
@@ -83,6 +87,8 @@ class Header(Record):
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
     #: The caches were flushed before every timed call.
     cold: bool = False
+    #: The rest of a layer, None where host and device are the same.
+    surroundings: Surroundings | None = None
     #: What makes the timings doubtful: other work on the device, throttling.
     complaints: Annotated[tuple[Sentence, ...], Field(max_length=16)] = ()
 

@@ -1,0 +1,113 @@
+"""What the rest of a layer takes, and what that makes of a call's host and device time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smartattn.call import Call
+from smartattn.cost import Cost, Predictor
+from smartattn.plan import Pattern, Plan
+from smartattn.surroundings import Surroundings, measure_surroundings, waited_us
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+#: 300 us of launches per layer, 500 TFLOP/s, 4 TB/s.
+LAYER = Surroundings(host_us=300.0, flops_per_us=5e8, bytes_per_us=4e6)
+
+
+def _call(batch: int, q_len: int, **changes: object) -> Call:
+    call = Call(CUDA, torch.bfloat16, batch, q_len, 2048, 32, 8, 64, 64)
+    return replace(call, **changes)
+
+
+def test_one_token_reads_the_weights_and_waits_for_the_host() -> None:
+    read_us = 12 * 2048**2 * 2 / 4e6
+    assert LAYER.slack_us(_call(1, 1)) == pytest.approx(read_us - 300.0)
+    assert LAYER.slack_us(_call(1, 1)) < 0
+
+
+def test_many_tokens_multiply_and_wait_for_the_device() -> None:
+    multiply_us = 2 * 12 * 2048**2 * 8 * 4096 / 5e8
+    assert LAYER.slack_us(_call(8, 4096)) == pytest.approx(multiply_us - 300.0)
+    assert LAYER.slack_us(_call(8, 4096)) > 0
+
+
+def test_a_backward_costs_the_device_more_than_the_host() -> None:
+    forward, train = LAYER.slack_us(_call(8, 512)), LAYER.slack_us(_call(8, 512, grad=True))
+    assert train + 2 * 300.0 == pytest.approx(3 * (forward + 300.0))
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "slack", "added"),
+    [
+        (50.0, 20.0, 0.0, 50.0),
+        (20.0, 50.0, 0.0, 50.0),
+        # The device is busy anyway: launches are free, until they outlast what it is busy with.
+        (50.0, 20.0, 1000.0, 20.0),
+        (50.0, 20.0, 10.0, 40.0),
+        # The host is busy anyway: kernels are free.
+        (20.0, 50.0, -1000.0, 20.0),
+        (20.0, 50.0, -10.0, 40.0),
+    ],
+)
+def test_what_a_call_adds_to_its_layer(
+    host: float, device: float, slack: float, added: float
+) -> None:
+    assert waited_us(host, device, slack) == added
+    # From its meaning: the longer one of both, with the call and without it.
+    for rest in (2000.0, 5000.0):
+        layer_host, layer_device = rest, rest + slack
+        longer = max(layer_host + host, layer_device + device) - max(layer_host, layer_device)
+        assert longer == pytest.approx(added)
+
+
+def _cost(backend: str, mode: str, host: float, device: float) -> Cost:
+    return Cost(
+        backend=backend,
+        mode=mode,
+        layout="plain",
+        causal=mode != "decode",
+        dtype="bfloat16",
+        head_dim=64,
+        host_us={"call": host},
+        device_us={"call": device},
+        longest_kv_len=4096,
+        samples=10,
+        median_error=0.0,
+    )
+
+
+def test_launches_decide_where_the_host_is_slower_and_kernels_where_the_device_is() -> None:
+    costs = [
+        _cost(name, mode, host, device)
+        for mode in ("forward", "decode")
+        for name, host, device in (("light", 10.0, 40.0), ("quick", 60.0, 20.0))
+    ]
+    alone, layered = Predictor(costs), Predictor(costs, LAYER)
+    decode = Plan(1, 1, 2048, Pattern.CAUSAL, CUDA, shift=2047)
+    prefill = Plan(16, 2048, 2048, Pattern.CAUSAL, CUDA)
+    for predictor, plan, call, faster, bottleneck in (
+        (alone, decode, _call(1, 1), "light", None),
+        (alone, prefill, _call(16, 2048), "light", None),
+        (layered, decode, _call(1, 1), "light", "host"),
+        (layered, prefill, _call(16, 2048), "quick", "device"),
+    ):
+        found = {name: predictor.estimate(name, plan, call) for name in ("light", "quick")}
+        assert min(found, key=lambda name: found[name].us) == faster
+        assert {estimate.bottleneck for estimate in found.values()} == {bottleneck}
+
+
+def test_a_cpu_waits_for_nobody() -> None:
+    assert measure_surroundings(CPU) is None
+
+
+@pytest.mark.gpu
+def test_measured_on_a_gpu() -> None:
+    found = measure_surroundings(CUDA)
+    assert found is not None
+    # A layer is some twenty launches of a few microseconds; no GPU reaches 10 PFLOP/s or 100 TB/s.
+    assert 20.0 < found.host_us < 5000.0
+    assert 1e7 < found.flops_per_us < 1e10
+    assert 1e5 < found.bytes_per_us < 1e8
