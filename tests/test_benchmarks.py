@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import calls, common, models, models_page, padding_free
+from benchmarks import calls, choices, common, models, models_page, padding_free
 from benchmarks.common import Budget, Run
 
 from smartattn.backends import BACKENDS
@@ -300,3 +300,22 @@ def test_calls_are_judged() -> None:
     assert (cold.measured, cold.verdict) == ("1.200, two; 1 of 2 above", "missed")
     assert (of_host.measured, of_host.verdict) == ("5.500, a, sdpa", "missed")
     assert calls.wanted(run, 3)[0].verdict == "incomplete"
+
+
+def test_choices_are_compared_with_every_backend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page, figures = tmp_path / "choices.md", tmp_path / "choices.json"
+    arguments = ("--tiny", "--device", "cpu", "--rounds", 3, "--seconds", 0.1)
+    run_main(choices.main, monkeypatch, *arguments, "--json", figures, "--page", page)
+    results = [choices.Result(**row) for row in json.loads(figures.read_text())["results"]]
+    assert [r.workload for r in results] == [w.name for w in choices.tiny_workloads()]
+    for result in results:
+        assert {"smart", "sdpa", "sdpa_unpadded"} <= result.median_ms.keys()
+        assert "flash_attention_2" in result.refused
+        held = [ms for name, ms in result.median_ms.items() if name != "smart"]
+        assert result.ratio == pytest.approx(result.median_ms["smart"] / min(held))
+    assert "smart / best" in page.read_text()
+    result = choices.Result("made up", {"smart": 10.4, "sdpa": 10.0, "torch_varlen": 12.0})
+    assert (result.best, result.ratio) == ("sdpa", pytest.approx(1.04))
+    assert "0 of 1" in choices.table([result])

@@ -218,3 +218,33 @@ def test_how_a_flash_kernel_reads_a_batch(
     assert varlen_refusals(plan, call) == []
     assert route(plan, call, key_bounds=True, in_place=True) is expected
     assert route(plan, call, key_bounds=False, in_place=False) in (Route.DENSE, Route.PACKED)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_padding_in_place_has_queries_without_keys_or_keys_without_queries(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch, width = 5, 12
+    start = rng.integers(0, 6, batch)
+    length = rng.integers(0, 7, batch)
+    places = np.arange(width)
+    real = (places >= start[:, None]) & (places < (start + length)[:, None])
+    plan = Plan(batch, width, width, Pattern.CAUSAL, CPU, real=real)
+    layout = plan.in_place(True, False)
+    assert layout.used_k is None
+    q, k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    assert q[0] == k[0] == 0
+    assert q[-1] == k[-1] == batch * width
+    found = []
+    for i in range(len(q) - 1):
+        queries, keys = q[i + 1] - q[i], k[i + 1] - k[i]
+        assert max(queries, keys) > 0, "an empty sequence costs a launch of its blocks"
+        if queries and keys:
+            assert (q[i], queries) == (k[i], keys)
+            found.append((q[i], queries))
+        span = np.zeros(batch * width, dtype=bool)
+        span[q[i] : q[i + 1]] = span[k[i] : k[i + 1]] = True
+        assert real.reshape(-1)[span].all() == bool(queries and keys)
+    runs = [(row * width + s, n) for row, (s, n) in enumerate(zip(start, length, strict=True)) if n]
+    assert found == runs
+    assert layout.max_seqlen_q >= np.diff(q).max()
+    assert layout.max_seqlen_k == np.diff(k).max()
