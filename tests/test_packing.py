@@ -172,6 +172,28 @@ def test_refusals_come_all_at_once() -> None:
         ({"side": "right", "width": 512}, False, Route.IN_PLACE),
         ({"side": "right", "width": 512}, True, Route.IN_PLACE),
         ({"side": "right", "width": 512, "token_major_keys": False}, False, Route.DENSE),
+        (
+            {
+                "side": "right",
+                "width": 512,
+                "token_major_keys": False,
+                "padding": 400,
+                "kv_heads": 1,
+            },
+            False,
+            Route.IN_PLACE,
+        ),
+        (
+            {
+                "side": "right",
+                "width": 512,
+                "token_major_keys": False,
+                "padding": 400,
+                "kv_heads": 1,
+            },
+            True,
+            Route.DENSE,
+        ),
         ({"side": "right", "width": 512, "padding": 40}, True, Route.DENSE),
         ({"side": "left", "window": 3}, False, Route.KEY_BOUNDS),
         ({"side": "right", "window": 3}, False, Route.DENSE),
@@ -211,7 +233,7 @@ def test_how_a_flash_kernel_reads_a_batch(
         real=real if side else None,
     )
     call = Call(
-        CPU, torch.float32, 2, q_len, width, 4, 4, 8, 8, grad=grad,
+        CPU, torch.float32, 2, q_len, width, 4, facts.get("kv_heads", 4), 8, 8, grad=grad,
         self_attention=facts.get("own", True),
         token_major_keys=facts.get("token_major_keys", True),
     )  # fmt: skip

@@ -32,6 +32,9 @@ class Route(enum.Enum):
 #: Right padding under a causal mask is skipped where it is this share of the tokens, in tensors of
 #: this many queries; below, the kernel for sequences has nothing to gain.
 _SPARED_SHARE, _SPARED_QUERIES = 0.1, 512
+#: At this many keys, copying one key/value head takes as long as the attention of one query head:
+#: about four times the operations that a GPU does while it moves a byte.
+_COPIED_KEYS = 512
 
 
 def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bool = True) -> Route:
@@ -52,18 +55,20 @@ def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bo
     inference = not call.grad and not call.dropout
     if key_bounds and inference and bounds_suffice(plan, call):
         return Route.KEY_BOUNDS
-    # Keys as a cache concatenates them would be copied, padding included.
+    # Otherwise keys as a cache concatenates them are copied, padding included, and gradients too.
     return Route.IN_PLACE if in_place and (inference or call.token_major_keys) else fallback
 
 
 def skipping_pays(plan: Plan, call: Call) -> bool:
     """Whether a kernel for sequences beats the dense one, which computes the padding as well."""
-    return (
-        plan.is_padded
-        and call.token_major_keys
-        and plan.q_len >= _SPARED_QUERIES
-        and plan.real_q <= (1 - _SPARED_SHARE) * plan.batch * plan.q_len
-    )
+    if not plan.is_padded or plan.q_len < _SPARED_QUERIES:
+        return False
+    needed = _SPARED_SHARE
+    if not call.token_major_keys:
+        if call.grad:
+            return False
+        needed += _COPIED_KEYS / plan.q_len * call.kv_heads / call.heads
+    return plan.real_q <= (1 - needed) * plan.batch * plan.q_len
 
 
 def runs_dense(plan: Plan, call: Call) -> bool:
