@@ -17,6 +17,9 @@ from .profile import Profile, profile_for, stack_rules
 from .stack_rule import stack_rule
 from .stacks import Head, Stack
 
+#: Why nothing is packed under ``pad_output="sdpa"``.
+KEEPS_PADDING = "padding positions of the output are to be kept"
+
 _chooser = Chooser(BACKENDS)
 
 
@@ -43,7 +46,7 @@ def exactness_refusal(request: Request, packing: Packing) -> str | None:
     """Why the forward cannot be packed exactly, or without more memory than it takes padded."""
     plan, stack = request.plan, request.stack
     if request.settings.pad_output == "sdpa":
-        return "padding positions of the output are to be kept"
+        return KEEPS_PADDING
     if not packing.is_padded(request.states):
         return "the hidden states do not have the shape of the mask"
     if plan.padding is Padding.HOLES and stack.has_windows:
