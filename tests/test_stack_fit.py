@@ -232,9 +232,22 @@ def test_rounding_lets_nothing_in() -> None:
     when = fit_stack_rules(close, HEADER)[0].when
     assert when.min_work == pytest.approx(2**24, rel=1e-2)
     assert len(f"{when.min_work:.10g}".strip("0")) <= 3
-    lost = [replace(one, speedup=0.9) for one in close[:1]]
-    when = fit_stack_rules([*close, *lost], HEADER)[0].when
-    assert not when.holds("cpu", close[0].padding_share, close[0].spared_work)
+    # A batch with three tokens less than the smallest that pays is less than a thousandth smaller.
+    gains, loses = (
+        StackSample(
+            Workload(
+                "forward", False, "right", "float32", 1, length, length, 1, 1, 64,
+                padding_share=0.5, spread="same",
+            ),
+            4, 1.0, 1.0, speedup, 0.0, 5,
+        )
+        for length, speedup in ((10_093, 1.5), (10_090, 0.9))
+    )  # fmt: skip
+    when = fit_stack_rules([gains] * 4, HEADER)[0].when
+    assert when.holds("cpu", loses.padding_share, loses.spared_work), "no test of what follows"
+    when = fit_stack_rules([*[gains] * 4, loses], HEADER)[0].when
+    assert when.holds("cpu", gains.padding_share, gains.spared_work)
+    assert not when.holds("cpu", loses.padding_share, loses.spared_work)
 
 
 def test_the_sentences_say_what_was_measured() -> None:
@@ -358,11 +371,15 @@ def test_batches_beyond_time_or_memory_are_not_begun(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One family of small calls, and no profile of before."""
+    """Few kinds of small calls, more than there is time for, and no profile of before."""
     monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
     monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
-    family = grid.Family("forward", False, ("left", "right"), "float32", 64)
-    monkeypatch.setattr(grid, "families", lambda kind, mode: [family])
+    families = [
+        grid.Family("forward", causal, ("left", "right"), "float32", head_dim)
+        for causal in (False, True)
+        for head_dim in (32, 64, 80, 128)
+    ]
+    monkeypatch.setattr(grid, "families", lambda kind, mode: families)
     limits = grid.Limits(256, 2048, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
     profile.set_profile(None)
@@ -513,9 +530,10 @@ def test_stacks_read_back_equal(tmp_path: Path) -> None:
     assert len(samples.load(tmp_path / "raw")[1]) == 1
 
 
-def test_files_of_before_have_no_stacks() -> None:
-    shipped = Path(__file__).parents[1] / "calibration/samples/nvidia-h200-default.safetensors"
-    assert isinstance(samples.load_stacks(shipped), list)
+def test_files_of_before_have_no_stacks(tmp_path: Path) -> None:
+    columns = saved(tmp_path / "raw", [])
+    assert not [name for name in columns if name.startswith("stack.")]
+    assert samples.load_stacks(tmp_path / "raw") == []
 
 
 @pytest.mark.parametrize(
