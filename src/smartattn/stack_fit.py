@@ -64,7 +64,7 @@ def _best_bounds(samples: Sequence[StackSample], kind: str) -> StackWhen | None:
         return None
     # Short numbers, unless rounding would let in a sample that was not to be packed; never exact
     # ones, which the sample that they come from may miss by the last bit.
-    for bounds in (_rounded_down(best, 3), _rounded_down(best, 9)):
+    for bounds in (_rounded_down(best), best * (1 - 1e-9)):
         when = StackWhen(
             device="cuda" if kind == "cuda" else "cpu",
             min_padding_share=float(bounds[0]),
@@ -80,7 +80,7 @@ def _holds(when: StackWhen, sample: StackSample, kind: str) -> bool:
     return when.holds(kind, sample.padding_share, sample.spared_work)
 
 
-def _rounded_down(values: FloatArray, digits: int) -> FloatArray:
+def _rounded_down(values: FloatArray, digits: int = 3) -> FloatArray:
     units = [10.0 ** (math.floor(math.log10(value)) + 1 - digits) for value in values]
     return np.array([math.floor(v / u) * u for v, u in zip(values, units, strict=True)])
 
