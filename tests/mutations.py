@@ -626,22 +626,22 @@ MUTATIONS = (
     Mutation(
         "stacks: a rule lets in batches where packing lost",
         "stack_fit.py",
-        "chosen = within & pays & (points[:, 2] > lost)",
-        "chosen = within & pays",
+        "(lost >= _ALIKE * np.array((share, work))).all(axis=1).any()",
+        "False",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: only the very same padding speaks against packing",
+        "stack_fit.py",
+        "_ALIKE = 0.9",
+        "_ALIKE = 1.0",
         STACKS,
     ),
     Mutation(
         "stacks: any gain is enough",
         "stack_fit.py",
-        "pays = speedups >= 1 + MARGIN",
-        "pays = speedups >= 1",
-        STACKS,
-    ),
-    Mutation(
-        "stacks: rounded bounds are not looked at again",
-        "stack_fit.py",
-        "<= paid for s, paid",
-        "<= True for s, paid",
+        ">= 1 + MARGIN\n    lost",
+        ">= 1\n    lost",
         STACKS,
     ),
     Mutation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -15,74 +16,72 @@ from .stack_rule import StackRule, StackWhen
 #: How much faster packing has to be before it counts as paying: what a rule promises must hold for
 #: other models too, and of plain "smart" nothing may be lost.
 MARGIN = 0.03
+#: A sample speaks against packing others that have up to so much more padding and work: lengths
+#: are drawn, so that two samples of one share of padding differ a little.
+_ALIKE = 0.9
+#: Bounds on padding that differ by less become one, within the room that ``_ALIKE`` makes.
+_SAME = 0.95
 
 
 def fit_stack_rules(samples: Sequence[StackSample], header: Header) -> tuple[StackRule, ...]:
     """When packing pays on a device, and that it does not otherwise; nothing from few samples.
 
-    The conditions are lower bounds on the share of padding, on the work of the padded batch and on
-    the work that is spared: with more of each nothing is skipped that was packed with less. They
-    are the bounds that gain the most time of those that let in no sample where packing was not
-    faster by ``MARGIN``, and each is the smallest value of a sample that they let in.
+    A batch is packed that has at least the padding and the work of a sample where packing was
+    faster by ``MARGIN``, unless with as much of both or more there was one where it was not. With
+    more of either nothing is skipped that was packed with less. Work is that of the padded batch:
+    it says whether a forward waits for the host, which packing only adds to, and with the share of
+    padding what there is to gain.
     """
     if len(samples) < FEWEST:
         return ()
     kind = header.device.kind
     measured = f"measured on {header.device} on {header.date}"
+    described = _described(samples)
     speedups = np.array([sample.speedup for sample in samples])
-    inside = np.zeros(len(samples), dtype=bool)
+    covered = np.zeros(len(samples), dtype=bool)
     rules = []
-    when = _best_bounds(samples, kind)
-    if when is not None:
-        inside = np.array([_holds(when, sample, kind) for sample in samples])
-        because = f"{measured}: from there on {_times(speedups[inside])} ({_described(samples)})"
+    for when in _bounds(samples, kind):
+        inside = np.array([when.holds(kind, s.padding_share, s.spared_work) for s in samples])
+        because = f"{measured}: from there on {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
-    outside = speedups[~inside]
+        covered |= inside
     because = f"{measured}: smaller batches and less padding were not timed"
-    if outside.size:
-        where = "with less of any of these" if rules else f"nowhere {MARGIN:.0%} faster,"
-        because = f"{measured}: {where} {_times(outside)}"
-        because += "" if rules else f" ({_described(samples)})"
+    if not covered.all():
+        where = "less padding or work:" if rules else f"nowhere {MARGIN:.0%} faster,"
+        because = f"{measured}: {where} {_times(speedups[~covered])} ({described})"
     rules.append(StackRule(when=StackWhen(device=kind), pack=False, because=because))
     return tuple(rules)
 
 
-def _best_bounds(samples: Sequence[StackSample], kind: str) -> StackWhen | None:
-    points = np.array([(s.padding_share, s.work, s.spared_work) for s in samples])
-    speedups = np.array([sample.speedup for sample in samples])
-    pays = speedups >= 1 + MARGIN
-    best, most = None, 0.0
-    for share in np.unique(points[pays, 0]):
-        for work in np.unique(points[pays, 1]):
-            within = (points[:, 0] >= share) & (points[:, 1] >= work)
-            lost = points[within & ~pays, 2].max(initial=-1.0)
-            chosen = within & pays & (points[:, 2] > lost)
-            gain = float(np.log(speedups[chosen]).sum())
-            if gain > most:
-                best, most = points[chosen].min(axis=0), gain
-    if best is None:
-        return None
-    # Short numbers, unless rounding would let in a sample that was not to be packed; never exact
-    # ones, which the sample that they come from may miss by the last bit.
-    for bounds in (_rounded_down(best), best * (1 - 1e-9)):
-        when = StackWhen(
-            device="cuda" if kind == "cuda" else "cpu",
-            min_padding_share=float(bounds[0]),
-            min_work=float(bounds[1]),
-            min_spared_work=float(bounds[2]),
+def _bounds(samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]) -> list[StackWhen]:
+    """The least padding and work that are packed: more padding first, and with it less work."""
+    points = np.array([(sample.padding_share, sample.work) for sample in samples])
+    pays = np.array([sample.speedup for sample in samples]) >= 1 + MARGIN
+    lost = points[~pays]
+    least: list[tuple[float, float]] = []
+    for share, work in sorted(map(tuple, points[pays])):
+        if (lost >= _ALIKE * np.array((share, work))).all(axis=1).any():
+            continue
+        # The one before it has less padding, and may have less work as well.
+        if least and work >= least[-1][1]:
+            continue
+        if least and least[-1][0] >= _SAME * share:
+            share, _ = least.pop()
+        least.append((share, work))
+    return [
+        StackWhen(
+            device=kind,
+            min_padding_share=_rounded_down(share),
+            min_work=_rounded_down(work),
         )
-        if all(_holds(when, s, kind) <= paid for s, paid in zip(samples, pays, strict=True)):
-            break
-    return when
+        for share, work in reversed(least)
+    ]
 
 
-def _holds(when: StackWhen, sample: StackSample, kind: str) -> bool:
-    return when.holds(kind, sample.padding_share, sample.spared_work)
-
-
-def _rounded_down(values: FloatArray, digits: int = 3) -> FloatArray:
-    units = [10.0 ** (math.floor(math.log10(value)) + 1 - digits) for value in values]
-    return np.array([math.floor(v / u) * u for v, u in zip(values, units, strict=True)])
+def _rounded_down(value: float, digits: int = 3) -> float:
+    """A shorter number, by less than ``_ALIKE`` makes room for."""
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.floor(value / unit) * unit:.{digits}g}")
 
 
 def _times(speedups: FloatArray) -> str:
