@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,6 +38,7 @@ import torch
 
 import smartattn
 from smartattn import machine, profile, samples
+from smartattn.stack_rule import stack_rule
 from smartattn.workload import Workload
 
 #: Bytes of address space beyond those at the start, for inputs of at most ``LARGEST`` bytes.
@@ -69,6 +70,7 @@ def check_profile(content: bytes) -> str:
         if predicted is not None and not (math.isfinite(predicted) and predicted >= 0):
             raise Finding(f"predicts {predicted}")
     found.rule(_PLAN, _CALL)
+    stack_rule(found.padding_free, "cpu", 0.3, 1e6)
     if profile.parse(found.to_json().encode()) != found:
         raise Finding("does not survive being saved")
     return "taken"
@@ -78,6 +80,7 @@ def check_samples(content: bytes) -> str:
     """ "taken" or "refused"; raises Finding."""
     try:
         header, rows = samples.parse(content)
+        samples.parse_stacks(content)
     except samples.SamplesError as error:
         return _refused(error)
     if rows and not header.backends:
@@ -123,6 +126,9 @@ def corpus(target: str) -> list[bytes]:
                     "excluded": {"eager": "wrong"}},
             "rules": [{"when": {"padded": True, "min_kv_len": 10}, "prefer": ["sdpa"],
                        "because": "b"}],
+            "padding_free": [{"when": {"device": "cpu", "min_padding_share": 0.1,
+                                       "min_work": 1e6, "min_spared_work": 1e5},
+                              "pack": True, "because": "b"}],
             "thresholds": [threshold],
             "costs": [cost, {**cost, "backend": "sdpa_unpadded"}],
         }  # fmt: skip
@@ -142,15 +148,22 @@ def corpus(target: str) -> list[bytes]:
         for n in range(2)
         for name in ("sdpa", "sdpa_unpadded")
     ]
-    return [samples_file(header, rows), samples_file(header, [])]
+    stacks = [samples.StackSample(_WORKLOAD, 4, 9.0, 6.0, 1.5, 0.1, 3)] * 2
+    return [
+        samples_file(header, rows),
+        samples_file(header, []),
+        samples_file(header, rows, stacks),
+    ]
 
 
-def samples_file(header: samples.Header, rows: list[samples.Sample]) -> bytes:
+def samples_file(
+    header: samples.Header, rows: list[samples.Sample], stacks: Sequence[samples.StackSample] = ()
+) -> bytes:
     """What ``samples.save`` writes."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        samples.save(Path(folder) / "raw", header, rows)
+        samples.save(Path(folder) / "raw", header, rows, stacks)
         return (Path(folder) / "raw").read_bytes()
 
 

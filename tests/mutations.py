@@ -52,6 +52,7 @@ CONTROL = ("tests/test_control.py",)
 FAULTS = ("tests/test_faults.py",)
 FUZZ = ("tests/test_fuzz.py", "-m", "not slow")
 REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
+STACKS = ("tests/test_stack_fit.py", "-x", "-k", "not real_calibration")
 PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
@@ -656,6 +657,69 @@ MUTATIONS = (
         "padding_share >= self.min_padding_share",
         "padding_share <= self.min_padding_share",
         PADDING_FREE,
+    ),
+    Mutation(
+        "stacks: a rule lets in batches where packing lost",
+        "stack_fit.py",
+        "(lost >= _ALIKE * np.array((share, work))).all(axis=1).any()",
+        "False",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: only the very same padding speaks against packing",
+        "stack_fit.py",
+        "_ALIKE = 0.9",
+        "_ALIKE = 1.0",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: any gain is enough",
+        "stack_fit.py",
+        ">= 1 + MARGIN\n    lost",
+        ">= 1\n    lost",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: the work of a whole batch does not count",
+        "stack_rule.py",
+        "spared_work >= self.min_work * padding_share",
+        "spared_work >= 0",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: a search takes the first power that pays",
+        "stack_measure.py",
+        "while level - lost > 1 and lost >= lowest:",
+        "while False:",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: both ways are timed without hooks",
+        "stack_measure.py",
+        "padding_free(model, always=True) if packed else nullcontext()",
+        "nullcontext()",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: timed under the profile of before",
+        "calibrate.py",
+        "with profile.in_force(made, device):",
+        "if True:",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: the sweep leaves them no time",
+        "calibrate.py",
+        "until = budget - stack_seconds(budget)",
+        "until = budget",
+        STACKS,
+    ),
+    Mutation(
+        "explain: the head size stands for the hidden size",
+        "explanation.py",
+        "hidden = heads * head_dim if hidden is None else hidden",
+        "hidden = head_dim",
+        ("tests/test_explain.py", "-x", "-k", "padding_free"),
     ),
 )
 

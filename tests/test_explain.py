@@ -12,9 +12,10 @@ import torch
 import smartattn
 from smartattn import cli, explanation, machine, profile, workload
 from smartattn.explanation import explain
+from smartattn.stack_rule import StackRule, StackWhen
 
 from .agreement import MASKS, WIDTH, run
-from .tiny_models import tiny_model, token_ids
+from .tiny_models import from_config, tiny_config, tiny_model, token_ids
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -265,3 +266,80 @@ def test_it_prints_as_text() -> None:
     text = str(explain(seq_len=64, device="cpu", **SIZES))
     assert "sdpa" in text
     assert "profile: default" in text
+
+
+# -- padding_free ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packing(tmp_path: Path) -> None:
+    """A profile of this CPU that packs from 1e6 units of spared work on."""
+    identity = machine.identify(CPU)
+    assert identity is not None
+    rules = (
+        StackRule(when=StackWhen(min_spared_work=1e6), pack=True, because="it was faster"),
+        StackRule(pack=False, because="it was slower"),
+    )
+    made = profile.Profile(name="packing", device=identity, padding_free=rules)
+    profile.save(made, tmp_path / "packing.json")
+    profile.set_profile(tmp_path / "packing.json")
+
+
+#: 200 tokens, 100 of them padding.
+HALF = {"batch": 10, "seq_len": 20, "heads": 4, "head_dim": 20, "padding": 0.5, "device": "cpu"}
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize(
+    ("change", "packs", "because"),
+    [
+        ({}, False, "rule of profile packing: it was slower"),
+        ({"heads": 6}, True, "rule of profile packing: it was faster"),
+        ({"hidden": 120}, True, "it was faster"),
+        ({"heads": 6, "hidden": 80}, False, "it was slower"),
+        ({"heads": 6, "grad": True, "causal": True}, True, "it was faster"),
+        ({"heads": 6, "decode": True}, False, "a single token per sequence"),
+        ({"heads": 6, "batch": 2}, False, "it was slower"),
+        ({"heads": 6, "pad_output": "sdpa"}, False, "to be kept"),
+        ({"heads": 6, "backends": ["sdpa"]}, False, "a mask of all tokens by all tokens"),
+    ],
+)
+def test_whether_padding_free_packs(change: dict[str, Any], packs: bool, because: str) -> None:
+    answer = explain(**{**HALF, **change})
+    assert answer.packs == packs
+    assert because in (answer.packs_because or "")
+    (line,) = [line for line in answer.lines() if line.startswith("padding_free ")]
+    assert because in line
+    assert ("packs this batch" in line) == packs
+
+
+def test_without_padding_nothing_is_said_of_padding_free() -> None:
+    for request in ({"padding": 0.0}, {"padding": 0.0, "batch": 1, "packed": 4}):
+        answer = explain(**{**HALF, **request})
+        assert answer.packs is None
+        assert "padding_free" not in str(answer)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("heads", [4, 6])
+def test_padding_free_does_what_explain_says(heads: int) -> None:
+    config = tiny_config("bert", hidden_size=heads * 20, num_attention_heads=heads)
+    model = from_config("BertModel", config, "smart")
+    lengths = torch.tensor([20, 2, 3, 4, 15, 16, 10, 10, 10, 10])
+    mask = (torch.arange(20) < lengths[:, None]).long()
+    with torch.no_grad(), smartattn.padding_free(model), smartattn.trace() as trace:
+        model(input_ids=token_ids(10, 20), attention_mask=mask)
+    (row,) = trace.stacks
+    answer = explain(**{**HALF, "heads": heads})
+    assert (row.packed, row.reason) == (answer.packs, answer.packs_because)
+
+
+@pytest.mark.usefixtures("packing")
+def test_the_command_takes_a_hidden_size(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "--batch", "10", "--seq-len", "20", "--heads", "4", "--head-dim", "20"]
+    arguments += ["--padding", "0.5", "--device", "cpu"]
+    for more, says in (([], "leaves the padding in"), (["--hidden", "120"], "packs this batch")):
+        assert cli.run([*arguments, *more]) == 0
+        assert f"padding_free {says}" in capsys.readouterr().out
+    assert cli.run([*arguments, "--hidden", str(1 << 30)]) == 2
+    assert "hidden is 1 to" in capsys.readouterr().err

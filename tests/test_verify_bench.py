@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,12 +121,14 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
     for name in models.IMPLEMENTATIONS:
         assert name in out
     assert "smart chose sdpa" in out
+    assert "padding_free: " in out
+    assert "1 forward padded, no rule of the profile" in out
     assert "here" in out.splitlines()[-1]
     assert cli.run([*arguments, "--json", "--new-tokens", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 6
     rows = {row["implementation"]: row for row in found["rows"]}
-    assert rows["smart"]["equal_tokens"] == 1.0
+    assert rows["smart"]["equal_tokens"] == rows[bench.PADDING_FREE]["equal_tokens"] == 1.0
     assert len(rows["smart"]["seconds"]) == 3
     assert rows["smart"]["tokens_per_second"] == pytest.approx(6 / rows["smart"]["median"])
 
@@ -143,6 +146,39 @@ def test_bench_shows_a_difference(folder: Any, monkeypatch: pytest.MonkeyPatch) 
     assert difference["smart"] > 1e-3
 
 
+def test_bench_runs_padding_free_in_its_own_row_alone(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always = functools.partial(bench.padding_free, always=True)
+    monkeypatch.setattr(bench, "padding_free", always)
+    model = models.load(str(folder("llama")), None, CPU)
+    widths: list[tuple[int, ...]] = []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: widths.append(tuple(output.shape[:2]))
+    )
+    batches = models.batches(model, models.Shape(2, 16, 0.5))
+    found = bench.bench(model, batches, rounds=1)
+    rows = {row.implementation: row for row in found.rows}
+    packed = (1, batches[0].tokens)
+    # A first run and a round of eager, sdpa, smart, and the last of each packed.
+    assert [width == packed for width in widths] == [False] * 3 + [True] + [False] * 3 + [True]
+    assert rows[bench.PADDING_FREE].difference < 1e-5
+    assert rows[bench.PADDING_FREE].stacks == ["1 forward packed, asked for whenever it is exact"]
+    assert "times as fast as smart; 1 forward packed" in (found.padding_free or "")
+    assert found.as_dict()["padding_free"] == found.padding_free
+    assert not model.__dict__.get("_smartattn_padding_free")
+
+
+def test_bench_says_why_a_model_cannot_be_padding_free(folder: Any) -> None:
+    model = models.load(str(folder("llama")), None, CPU)
+    model.config.chunk_size_feed_forward = 4
+    found = bench.bench(model, models.batches(model, models.Shape(2, 16)), rounds=1)
+    (row,) = [row for row in found.rows if row.implementation == bench.PADDING_FREE]
+    assert "chunk_size_feed_forward" in (row.error or "")
+    assert found.padding_free is None
+    assert found.verdict
+
+
 def made(**seconds: list[float]) -> bench.Benchmark:
     rows = tuple(bench.Row(name, times) for name, times in seconds.items())
     return bench.Benchmark(rows, "cpu", "float32", 10, 10, 0, 0)
@@ -158,6 +194,7 @@ def made(**seconds: list[float]) -> bench.Benchmark:
         # Within the spread of the rounds.
         (made(sdpa=[1.0, 1.4, 1.8], smart=[1.2, 1.3, 1.4]), "no difference"),
         (made(smart=[1.0]), "only smart ran"),
+        (made(**{"smart": [1.0], bench.PADDING_FREE: [0.5]}), "only smart ran"),
         (made(sdpa=[1.0]), "did not run"),
     ],
 )

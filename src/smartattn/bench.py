@@ -1,10 +1,11 @@
-"""A model under eager, sdpa, flash_attention_2 and smart, side by side in interleaved rounds."""
+"""A model under eager, sdpa, flash_attention_2, smart and padding-free, in interleaved rounds."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,11 +22,16 @@ from .models import (
     relative,
     set_implementation,
 )
+from .padding_free import padding_free
 from .timing import relative_spread, synchronize
 
 #: Rounds that are measured at least, and shares that count as equal however small the spread is.
 MIN_ROUNDS = 3
 EQUAL = 0.02
+
+#: The row of a model under ``smartattn.padding_free``, which packs where the profile says so.
+PADDING_FREE = "smart + padding_free"
+_OURS = ("smart", PADDING_FREE)
 
 #: (implementation, round, rounds at most)
 Report = Callable[[str, int, int], None]
@@ -45,6 +51,8 @@ class Row:
     equal_tokens: float | None = None
     #: Backends that smart chose, with the number of calls.
     chosen: dict[str, int] = field(default_factory=dict)
+    #: What became of the batches under padding_free: "packed" or "padded", and why.
+    stacks: list[str] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -105,6 +113,17 @@ class Benchmark:
             )
         return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
 
+    @property
+    def padding_free(self) -> str | None:
+        """What padding_free changes for this workload, in a sentence; None if it did not run."""
+        smart, free = self._smart(), self._row(PADDING_FREE)
+        if smart is None or free is None or not smart.median or not free.median:
+            return None
+        return (
+            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; "
+            + "; ".join(free.stacks)
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
         rows = [
@@ -112,13 +131,17 @@ class Benchmark:
              "tokens_per_second": self.tokens_per_second(row)}
             for row in self.rows
         ]  # fmt: skip
-        return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict}
+        return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict,
+                "padding_free": self.padding_free}  # fmt: skip
 
     def _smart(self) -> Row | None:
-        return next((row for row in self.rows if row.implementation == "smart"), None)
+        return self._row("smart")
+
+    def _row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.implementation == name), None)
 
     def _best(self) -> Row | None:
-        ran = [row for row in self.rows if row.implementation != "smart" and row.median]
+        ran = [row for row in self.rows if row.implementation not in _OURS and row.median]
         return min(ran, key=lambda row: row.median or 0.0, default=None)
 
 
@@ -140,7 +163,7 @@ def bench(
         rounds, seconds: it ends after so many rounds, or so long once ``MIN_ROUNDS`` are done.
     """
     device: torch.device = model.device
-    rows = [Row(name) for name in IMPLEMENTATIONS]
+    rows = [Row(name) for name in (*IMPLEMENTATIONS, PADDING_FREE)]
     reference: list[torch.Tensor] | None = None
     for row in rows:
         report(row.implementation, 0, rounds)
@@ -156,13 +179,13 @@ def bench(
     for number in range(1, rounds + 1):
         for row in order:
             report(row.implementation, number, rounds)
-            set_implementation(model, row.implementation)
-            synchronize(device)
-            before = time.perf_counter()
-            for batch in batches:
-                _run(model, batch, new_tokens)
-            synchronize(device)
-            row.seconds.append(time.perf_counter() - before)
+            with _under(model, row):
+                synchronize(device)
+                before = time.perf_counter()
+                for batch in batches:
+                    _run(model, batch, new_tokens)
+                synchronize(device)
+                row.seconds.append(time.perf_counter() - before)
         order.append(order.pop(0))
         if number >= min(MIN_ROUNDS, rounds) and time.perf_counter() - start > seconds:
             break
@@ -179,6 +202,20 @@ def bench(
     )
 
 
+@contextlib.contextmanager
+def _under(model: Any, row: Row) -> Iterator[None]:
+    """Sets a model up for a row; a reason why that cannot be done goes into the row."""
+    free = row.implementation == PADDING_FREE
+    row.error = set_implementation(model, "smart" if free else row.implementation)
+    with contextlib.ExitStack() as stack:
+        if free and row.error is None:
+            try:
+                stack.enter_context(padding_free(model))
+            except ValueError as error:
+                row.error = str(error)
+        yield
+
+
 def _run(model: Any, batch: Batch, new_tokens: int) -> torch.Tensor:
     if new_tokens:
         return generate(model, batch, new_tokens)
@@ -189,9 +226,15 @@ def _first(
     model: Any, batches: Sequence[Batch], new_tokens: int, row: Row, device: torch.device
 ) -> list[torch.Tensor] | None:
     """The outputs of one implementation on the host; the first run warms up, the second counts."""
-    row.error = set_implementation(model, row.implementation)
-    if row.error is not None:
-        return None
+    with _under(model, row):
+        if row.error is not None:
+            return None
+        return _first_runs(model, batches, new_tokens, row, device)
+
+
+def _first_runs(
+    model: Any, batches: Sequence[Batch], new_tokens: int, row: Row, device: torch.device
+) -> list[torch.Tensor] | None:
     try:
         with trace() as recorded:
             outputs = [_run(model, batch, new_tokens).cpu() for batch in batches]
@@ -211,6 +254,11 @@ def _first(
         return None
     for made in recorded.rows:
         row.chosen[made.backend] = row.chosen.get(made.backend, 0) + made.calls
+    row.stacks = [
+        f"{stack.calls} forward{'s' * (stack.calls != 1)} "
+        f"{'packed' if stack.packed else 'padded'}, {stack.reason}"
+        for stack in recorded.stacks
+    ]
     return outputs
 
 

@@ -16,12 +16,14 @@ from filelock import FileLock, Timeout
 from . import grid, profile, samples
 from .backends import BACKENDS, Backend
 from .fit import fit_profile
-from .grid import RunMode
+from .grid import FEWEST, RunMode
 from .health import Watch
 from .machine import Device, identify, versions
 from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
-from .samples import Header, Sample, SamplesError
+from .samples import Header, Sample, SamplesError, StackSample
+from .stack_fit import fit_stack_rules
+from .stack_measure import StackTimer
 from .surroundings import Surroundings, measure_surroundings
 from .timing import cache_flush
 
@@ -41,8 +43,17 @@ _PER_WORKLOAD = {"cpu": 0.25, "cuda": 0.08}
 _PATIENCE: Mapping[RunMode, float] = {"quick": 0.2, "default": 0.5}
 #: Seconds for the last one, however little of the budget is left.
 _LEAST = 0.02
+#: What of a budget is for padding-free stacks: a share of it, but at most so many seconds, and
+#: nothing if that leaves fewer than are worth beginning with.
+_STACK_SHARE, _STACK_SECONDS, _STACK_LEAST = 0.1, 10.0, 0.5
 #: Median spread of the timings above which other work must have been in the way.
 BUSY_SPREAD = 0.15
+
+
+def stack_seconds(budget: float) -> float:
+    """Seconds of a budget that are for padding-free stacks; 0 if too few to begin with."""
+    seconds = min(_STACK_SECONDS, _STACK_SHARE * budget)
+    return seconds if seconds >= _STACK_LEAST else 0.0
 
 
 class CalibrationError(RuntimeError):
@@ -95,6 +106,8 @@ class Outcome:
     slow: int = 0
     #: What makes the measurements doubtful, each in one sentence.
     complaints: tuple[str, ...] = ()
+    #: Why it was not measured when taking the padding out of whole stacks pays; None if it was.
+    unmeasured: str | None = None
 
 
 Report = Callable[[Progress], None]
@@ -160,7 +173,9 @@ def calibrate(
         sweep = _Sweep(request, identity, raw, report, backends)
         try:
             sweep.run()
-            return sweep.outcome(path)
+            made = sweep.fitted()
+            sweep.time_stacks(made)
+            return sweep.outcome(made, path)
         except OSError as error:
             raise CalibrationError(
                 f"cannot write {error.filename2 or error.filename or path} ({error.strerror}); "
@@ -211,6 +226,8 @@ class _Sweep:
     report: Report
     backends: tuple[Backend, ...]
     taken: list[Sample] = field(default_factory=list)
+    stacks: list[StackSample] = field(default_factory=list)
+    unmeasured: str | None = None
     excluded: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     #: Seconds of measuring, those of a run that was cut short included.
@@ -226,7 +243,9 @@ class _Sweep:
         self.watch.begin()
         if not request.force:
             self._resume()
-        budget = request.budget or BUDGETS[kind, request.mode]
+        budget = self.budget
+        # The stacks come last, and what is fitted before them knows how plain "smart" chooses.
+        until = budget - stack_seconds(budget)
         start = time.monotonic() - self.seconds
         saved = time.monotonic()
         done = {sample.workload for sample in self.taken}
@@ -242,7 +261,7 @@ class _Sweep:
         try:
             for index, workload in enumerate(every):
                 self.seconds = time.monotonic() - start
-                if self.seconds >= budget:
+                if self.seconds >= until:
                     break
                 self.report(Progress(self.seconds, budget, len(self.taken), str(workload)))
                 if workload not in done:
@@ -253,7 +272,7 @@ class _Sweep:
                         request.device,
                         self.backends,
                         self.excluded,
-                        seconds=min(_PER_WORKLOAD[kind], max(budget - self.seconds, _LEAST)),
+                        seconds=min(_PER_WORKLOAD[kind], max(until - self.seconds, _LEAST)),
                         patience=patience,
                         flush=flush,
                     )
@@ -264,10 +283,14 @@ class _Sweep:
         finally:
             self.seconds = time.monotonic() - start
             self._save(complete)
-        self.report(Progress(budget, budget, len(self.taken), "fitting"))
+        self._tell("fitting")
 
-    def outcome(self, path: Path) -> Outcome:
-        """Fits and saves the profile."""
+    def fitted(self) -> Profile:
+        """The profile without the rules for padding-free stacks.
+
+        Raises:
+            CalibrationError: nothing can be fitted to what was measured.
+        """
         taken = self.taken
         header = self._header(self.seconds, complete=True)
         made = fit_profile(header, taken, profile.default_rules(), self.raw.name)
@@ -277,6 +300,57 @@ class _Sweep:
                 f"{len(taken)} samples are too few to compare backends on {self.request.device}"
                 f"{reasons}; run it on an idle machine or with a larger --budget"
             )
+        return made
+
+    def time_stacks(self, made: Profile) -> None:
+        """Times padding-free stacks under a profile, as its models will run, in what time is left.
+
+        Nothing that fails here ends the calibration: the default's rules hold then.
+        """
+        budget = self.budget
+        seconds = min(stack_seconds(budget), budget - self.seconds)
+        if seconds < _STACK_LEAST:
+            if not self.stacks:
+                self.unmeasured = (
+                    f"not measured, since no time of {budget:.3g} s was left; the default rules "
+                    "hold, a larger --budget measures it"
+                )
+            return
+        before, start = self.seconds, time.monotonic()
+
+        def report(doing: str) -> None:
+            self.seconds = before + time.monotonic() - start
+            self._tell(doing)
+
+        device = torch.empty(0, device=self.request.device).device
+        timer = StackTimer(device, seconds, report, self.stacks)
+        problem, complete = None, False
+        try:
+            with profile.in_force(made, device):
+                timer.run()
+            complete = True
+        except Exception as error:
+            # Of a model or a kernel: backends are judged by their own samples.
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            complete = True
+        finally:
+            self.seconds = before + time.monotonic() - start
+            self._save(complete)
+        if len(self.stacks) < FEWEST:
+            reason = problem or timer.refusal or f"{seconds:.2g} s were too few"
+            self.unmeasured = f"not measured ({reason}); the default rules hold"
+
+    def outcome(self, made: Profile, path: Path) -> Outcome:
+        """Completes and saves the profile."""
+        taken, budget = self.taken, self.budget
+        self._tell("saving", budget)
+        assert made.run is not None
+        made = made.model_copy(
+            update={
+                "padding_free": fit_stack_rules(self.stacks, self._header(self.seconds, True)),
+                "run": made.run.model_copy(update={"seconds": round(self.seconds, 1)}),
+            }
+        )
         if path == default_path(self.identity):
             profile.save_for_user(made)
         else:
@@ -292,7 +366,17 @@ class _Sweep:
             spread=spreads[len(spreads) // 2],
             slow=sum(sample.status == "slow" for sample in taken),
             complaints=tuple(self.watch.complaints()),
+            unmeasured=self.unmeasured,
         )
+
+    @property
+    def budget(self) -> float:
+        """Seconds that all measuring may take."""
+        return self.request.budget or BUDGETS[self.identity.kind, self.request.mode]
+
+    def _tell(self, doing: str, elapsed: float | None = None) -> None:
+        elapsed = self.seconds if elapsed is None else elapsed
+        self.report(Progress(min(elapsed, self.budget), self.budget, len(self.taken), doing))
 
     def _header(self, seconds: float, complete: bool) -> Header:
         return Header(
@@ -313,16 +397,18 @@ class _Sweep:
     def _save(self, complete: bool) -> None:
         # Nothing measured yet must not replace what an earlier run measured.
         if self.taken:
-            samples.save(self.raw, self._header(self.seconds, complete), self.taken)
+            samples.save(self.raw, self._header(self.seconds, complete), self.taken, self.stacks)
 
     def _resume(self) -> None:
         """Takes over the samples of an earlier run, if they are what this one would measure."""
         try:
             header, taken = samples.load(self.raw)
+            stacks = samples.load_stacks(self.raw)
         except SamplesError:
             return
         wanted = self._header(header.seconds, complete=False)
         unlike = {"date", "backends", "excluded", "complete", "complaints", "surroundings"}
         if header.model_dump(exclude=unlike) == wanted.model_dump(exclude=unlike):
             self.taken, self.excluded = taken, dict(header.excluded)
+            self.stacks = stacks
             self.resumed, self.seconds = len(taken), header.seconds

@@ -15,7 +15,7 @@ from . import cli_doctor, cli_explain, cli_models
 from ._version import __version__
 from .cli_errors import UserError
 from .cli_profiles import profiles_app
-from .cli_show import print_thresholds, show
+from .cli_show import print_stack_rules, print_thresholds, show
 
 if TYPE_CHECKING:
     import torch
@@ -274,6 +274,9 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
             soft_wrap=True,
         )
     print_thresholds(profile.thresholds, console)
+    print_stack_rules(profile.padding_free, console)
+    if outcome.unmeasured is not None:
+        console.print(f"padding_free: {escape(outcome.unmeasured)}", soft_wrap=True)
     console.print(f"Profile:     {escape(str(outcome.path))}", soft_wrap=True)
     console.print(f"Raw samples: {escape(str(outcome.samples))}", soft_wrap=True)
 
@@ -291,13 +294,14 @@ def fit(
     """Make the profile again from raw samples. Needs no GPU."""
     from . import profile as profiles
     from .fit import fit_profile
-    from .samples import SamplesError, load
+    from .samples import SamplesError, load, load_stacks
 
     try:
         header, rows = load(samples)
+        stacks = load_stacks(samples)
     except SamplesError as error:
         raise UserError(f"{samples} cannot be used: {error}") from None
-    made = fit_profile(header, rows, profiles.default_rules(), samples.name)
+    made = fit_profile(header, rows, profiles.default_rules(), samples.name, stacks)
     if not made.costs:
         raise UserError(f"{samples} holds too few samples for a model; calibrate for longer")
     try:
@@ -309,4 +313,5 @@ def fit(
         raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
     console = Console()
     print_thresholds(made.thresholds, console)
+    print_stack_rules(made.padding_free, console)
     console.print(f"Profile: {escape(str(output))}", soft_wrap=True)

@@ -20,6 +20,12 @@ def explain(
     kv_heads: Annotated[
         int | None, typer.Option(help="Key/value heads.  \\[default: as many as heads]", min=1)
     ] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="Hidden size of the model, for padding_free.  \\[default: heads x head-dim]", min=1
+        ),
+    ] = None,
     padding: Annotated[
         float, typer.Option(help="Share of the tokens that are padding, e.g. 0.4.")
     ] = 0.0,
@@ -61,6 +67,7 @@ def explain(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
+            hidden=hidden,
             causal=causal,
             padding=padding,
             side=side,

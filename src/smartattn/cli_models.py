@@ -113,7 +113,7 @@ def bench(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Time a model under eager, sdpa, flash_attention_2 and smart, side by side."""
+    """Time a model under eager, sdpa, flash_attention_2, smart and padding_free, side by side."""
     from .bench import bench as benched
     from .models import Shape
 
@@ -271,6 +271,8 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
     if smart.chosen:
         chosen = ", ".join(f"{name} ({calls} calls)" for name, calls in smart.chosen.items())
         console.print(f"smart chose {chosen}", highlight=False)
+    if found.padding_free is not None:
+        console.print(escape(found.padding_free), soft_wrap=True, highlight=False)
     console.print(found.verdict, soft_wrap=True, highlight=False)
 
 

@@ -15,6 +15,7 @@ from .cli_errors import UserError
 
 if TYPE_CHECKING:
     from .profile import Profile, Threshold
+    from .stack_rule import StackRule
 
 
 def show(
@@ -112,6 +113,16 @@ def _print_profile(profile: Profile, console: Console, crossover: bool) -> None:
                 ", ".join(rule.prefer),
                 escape(rule.because),
             )
+        console.print(table)
+    print_stack_rules(profile.padding_free, console)
+
+
+def print_stack_rules(rules: Iterable[StackRule], console: Console) -> None:
+    """Prints when padding-free models leave the padding out."""
+    table = Table("when", "packs", Column("because", overflow="fold"), title="padding_free")
+    for rule in rules:
+        table.add_row(str(rule.when), "yes" if rule.pack else "no", escape(rule.because))
+    if table.row_count:
         console.print(table)
 
 

@@ -19,7 +19,9 @@ from .choose import LATENCY, Decision, Goal, UnsupportedCallError, choose
 from .control import PadOutput, Settings, checked, settings_for
 from .cost import Mode
 from .machine import versions
+from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan
+from .stack_choice import KEEPS_PADDING, backend_refusal, pays
 from .target import Target, target_of
 from .workload import WORDS, Side, Workload, as_padded
 
@@ -80,6 +82,10 @@ class Explanation:
     options: tuple[Option, ...]
     #: The choice by sequence length; a single entry means that it never changes.
     winners: tuple[Winner, ...]
+    #: Whether a padding-free model would leave the padding out by the profile, and why; None for a
+    #: batch without padding. What the model itself refuses is not known here.
+    packs: bool | None = None
+    packs_because: str | None = None
 
     @property
     def crossovers(self) -> str:
@@ -115,6 +121,9 @@ class Explanation:
         lines.append(f"chosen:  {self.backend or 'nothing'}: {self.reason}")
         if self.winners:
             lines.append(f"by length, all else equal: {self.crossovers}")
+        if self.packs is not None:
+            does = "packs this batch" if self.packs else "leaves the padding in"
+            lines.append(f"padding_free {does}: {self.packs_because}")
         return lines
 
     def __str__(self) -> str:
@@ -131,6 +140,7 @@ def explain(
     heads: int,
     kv_heads: int | None = None,
     head_dim: int,
+    hidden: int | None = None,
     causal: bool = False,
     padding: float = 0.0,
     side: Literal["left", "right"] | None = None,
@@ -151,6 +161,8 @@ def explain(
         batch, seq_len: shape of the batch in tokens, padding included; when decoding ``seq_len``
             counts the keys, the token that is generated included.
         heads, kv_heads, head_dim: of the model; ``kv_heads`` None stands for ``heads``.
+        hidden: size of the model's hidden states, on which it depends whether a padding-free model
+            packs the batch; None is heads times head_dim.
         causal: a token sees nothing after it; implied by ``decode``.
         padding: share of the tokens that are padding, 0 to below 1. Lengths are drawn at random.
         side: where the padding lies; None is left when decoding, otherwise right.
@@ -196,14 +208,17 @@ def explain(
         padding_share=padding,
     )
     _check(workload)
+    hidden = heads * head_dim if hidden is None else hidden
+    if not 1 <= hidden <= MAX_SIZE:
+        raise ValueError(f"hidden is 1 to {MAX_SIZE}, given {hidden}")
     given = checked(backends, pad_output, objective, max_slowdown)
-    return _explained(workload, target, replace(settings_for(None), **given))
+    return _explained(workload, hidden, target, replace(settings_for(None), **given))
 
 
 # -- the answer ----------------------------------------------------------------------------------
 
 
-def _explained(workload: Workload, target: Target, settings: Settings) -> Explanation:
+def _explained(workload: Workload, hidden: int, target: Target, settings: Settings) -> Explanation:
     profile = target.found.profile
     plan, call = _request(workload, target, settings)
     decision: Decision | None = None
@@ -216,6 +231,7 @@ def _explained(workload: Workload, target: Target, settings: Settings) -> Explan
     if target.here and target.identity is not None and profile.versions is not None:
         differences = profile.versions.differences(versions(target.identity.kind))
     path = target.found.path
+    packs, packs_because = _packs(workload, hidden, target, settings)
     return Explanation(
         workload=workload,
         pad_output=settings.pad_output or "zeros",
@@ -232,7 +248,34 @@ def _explained(workload: Workload, target: Target, settings: Settings) -> Explan
         reason=reason,
         options=_options(plan, call, target, settings, decision),
         winners=_winners(workload, target, settings) if decision else (),
+        packs=packs,
+        packs_because=packs_because,
     )
+
+
+def _packs(
+    workload: Workload, hidden: int, target: Target, settings: Settings
+) -> tuple[bool | None, str | None]:
+    """Whether a padding-free model would pack a batch, and why: as it asks in a forward."""
+    if workload.side not in ("left", "right"):
+        return None, None
+    plan, call = _request(workload, target, settings)
+    refusal = plan_refusal(plan)
+    if refusal is not None:
+        return False, refusal
+    packs, reason = pays(plan, hidden, target.found.profile)
+    if not packs:
+        return False, reason
+    if call.keep_padding_output:
+        return False, KEEPS_PADDING
+    packed = packed_plan(plan)
+    call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len)
+    try:
+        backend = _choose(packed, call, target, settings).backend
+    except UnsupportedCallError as error:
+        return False, str(error)
+    refusal = backend_refusal(backend, packed, call)
+    return refusal is None, refusal or reason
 
 
 def _request(workload: Workload, target: Target, settings: Settings) -> tuple[Plan, Call]:

@@ -13,7 +13,8 @@ from .cost import FEATURES, Cost, Layout, Mode, Regime, features, regime_of
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, relative_fit
 from .profile import Profile, Rule, Run
-from .samples import Header, Sample
+from .samples import Header, Sample, StackSample
+from .stack_fit import fit_stack_rules
 from .thresholds import thresholds
 from .workload import Workload
 
@@ -290,11 +291,16 @@ def _named(coefficients: FloatArray) -> dict[str, float]:
 
 
 def fit_profile(
-    header: Header, samples: Sequence[Sample], rules: Sequence[Rule], raw_samples: str | None
+    header: Header,
+    samples: Sequence[Sample],
+    rules: Sequence[Rule],
+    raw_samples: str | None,
+    stacks: Sequence[StackSample] = (),
 ) -> Profile:
     """The profile of a device from its raw samples. Needs no device.
 
     Args:
+        stacks: what was timed of padding-free stacks.
         rules: what to go by where nothing was measured; excluded backends are taken out of them.
         raw_samples: file name to refer to.
     """
@@ -325,6 +331,7 @@ def fit_profile(
         ),
         surroundings=header.surroundings,
         rules=tuple(kept),
+        padding_free=fit_stack_rules(stacks, header),
         thresholds=tuple(thresholds(costs, device)),
         costs=tuple(costs),
     )

@@ -101,9 +101,9 @@ def measure(
         tensors = workload.tensors(device)
         references = expected(workload, tensors)
     except Exception as problem:
-        if not _lacks_memory(problem):
+        if not lacks_memory(problem):
             raise
-        _release(device)
+        release(device)
         return []
     found: dict[str, Sample] = {}
     functions: dict[str, Callable[[], Result]] = {}
@@ -122,7 +122,7 @@ def measure(
         if function is not None:
             functions[backend.name] = function
         if sample.status == "memory":
-            _release(device)
+            release(device)
         if reason:
             excluded[backend.name] = f"{reason}, for {workload}"
         found[backend.name] = sample
@@ -215,7 +215,7 @@ def _verified(
         error = error_of(sample.workload, *result, references)
     except Exception as problem:
         # Whatever a backend raises must not end the calibration of the others.
-        if _lacks_memory(problem):
+        if lacks_memory(problem):
             return replace(sample, status="memory"), None, None
         message = " ".join(str(problem).split())[:300]
         reason = f"fails with {type(problem).__name__}: {message}"
@@ -265,9 +265,9 @@ def _prepare_us(
             synchronize(device)
             times.append((first - start) - (time.perf_counter() - first))
         except Exception as problem:
-            if not _lacks_memory(problem):
+            if not lacks_memory(problem):
                 raise
-            _release(device)
+            release(device)
             break
         if times[-1] > _LONG:
             break
@@ -286,13 +286,14 @@ def _timings(
     try:
         return interleaved(functions, device, seconds=seconds, flush=flush)
     except Exception as problem:
-        if not _lacks_memory(problem):
+        if not lacks_memory(problem):
             raise
-        _release(device)
+        release(device)
         return {}
 
 
-def _lacks_memory(problem: Exception) -> bool:
+def lacks_memory(problem: Exception) -> bool:
+    """Whether an error says that memory was too small."""
     if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(problem)
@@ -301,7 +302,8 @@ def _lacks_memory(problem: Exception) -> bool:
     )
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Gives memory that tensors no longer hold back to the device."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -404,6 +405,22 @@ def profile_for(device: torch.device) -> Profile:
             if profile is None:
                 profile = _in_force[device] = _look_up(device)
     return profile
+
+
+@contextlib.contextmanager
+def in_force(profile: Profile, device: torch.device) -> Iterator[None]:
+    """Puts a profile in force for a device, in this process, for the time of a block."""
+    with _lock:
+        before = _in_force.get(device)
+        _in_force[device] = profile
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                _in_force.pop(device, None)
+            else:
+                _in_force[device] = before
 
 
 def found_for(device: torch.device) -> Found:

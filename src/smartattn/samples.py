@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ from .cost import LAYERS, BackendName
 from .files import StrPath, read_bounded, write_atomically
 from .machine import Device, Line, Record, Versions, one_line
 from .profile import Seconds, Sentence
+from .stack_rule import MAX_WORK
 from .surroundings import Surroundings, waited_us
 from .workload import FIELDS, WORDS, Workload
 
@@ -68,6 +71,47 @@ class Sample:
         return waited_us(self.host_us, self.device_us, slack_us) + self.prepare_us / LAYERS
 
 
+@dataclass(frozen=True, slots=True)
+class StackSample:
+    """One batch through a stack of layers, with its padding and without it: wall times.
+
+    ``workload`` is what a layer's attention gets; the hidden size is its heads times its head_dim,
+    and a causal one stands for a decoder. Times are medians in microseconds.
+    """
+
+    workload: Workload
+    layers: int
+    padded_us: float
+    packed_us: float
+    #: Median over the rounds of the padded time / the packed time in the same round, and the
+    #: interquartile range of that ratio / its median.
+    speedup: float
+    spread: float
+    rounds: int
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size of the stack."""
+        return self.workload.heads * self.workload.head_dim
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the tokens that is padding, as the lengths came out."""
+        tokens = self.workload.batch * self.workload.kv_len
+        return 1.0 - int(self.workload.lengths.sum()) / tokens
+
+    @property
+    def work(self) -> float:
+        """Tokens, padding included, times the square of the hidden size."""
+        return float(self.workload.batch * self.workload.kv_len * self.hidden**2)
+
+    @property
+    def spared_work(self) -> float:
+        """Padding tokens times the square of the hidden size."""
+        tokens = self.workload.batch * self.workload.kv_len
+        return float((tokens - int(self.workload.lengths.sum())) * self.hidden**2)
+
+
 class Header(Record):
     """What the rows have in common."""
 
@@ -98,9 +142,15 @@ _NUMBERS = tuple(
 )
 #: Columns that files of before do not have; zeros stand for them.
 _LATER = ("prepare_us", "first_us")
+#: Columns of :class:`StackSample`: files of before have none of them, others have all.
+_STACK = "stack."
+_STACK_NUMBERS = tuple(field.name for field in fields(StackSample) if field.name != "workload")
+_MAX_LAYERS = 1 << 16
 
 
-def save(path: StrPath, header: Header, samples: list[Sample]) -> None:
+def save(
+    path: StrPath, header: Header, samples: list[Sample], stacks: Sequence[StackSample] = ()
+) -> None:
     """Replaces the file at ``path`` atomically.
 
     Raises:
@@ -113,12 +163,13 @@ def save(path: StrPath, header: Header, samples: list[Sample]) -> None:
     }
     columns["backend"] = np.array([names.index(sample.backend) for sample in samples])
     columns["status"] = np.array([STATUSES.index(sample.status) for sample in samples])
-    for name in FIELDS:
-        values = [getattr(sample.workload, name) for sample in samples]
-        words = WORDS.get(name)
-        columns[f"workload.{name}"] = np.array(
-            [words.index(v) for v in values] if words else values
-        )
+    columns |= _workload_columns([sample.workload for sample in samples])
+    if stacks:
+        made = {
+            name: np.array([getattr(stack, name) for stack in stacks]) for name in _STACK_NUMBERS
+        }
+        made |= _workload_columns([stack.workload for stack in stacks])
+        columns |= {f"{_STACK}{name}": column for name, column in made.items()}
     arrays = {
         name: column.astype(np.float64 if column.dtype.kind == "f" else np.int64)
         for name, column in columns.items()
@@ -133,13 +184,16 @@ def load(path: StrPath) -> tuple[Header, list[Sample]]:
     Raises:
         SamplesError: the file cannot be read or holds something else; the message is one line.
     """
-    try:
-        content = read_bounded(path, MAX_BYTES)
-    except OSError as error:
-        raise SamplesError(error.strerror or type(error).__name__) from None
-    except ValueError as error:
-        raise SamplesError(str(error)) from None
-    return parse(content)
+    return parse(_read(path))
+
+
+def load_stacks(path: StrPath) -> list[StackSample]:
+    """Reads the samples of padding-free stacks; none in files from before these were measured.
+
+    Raises:
+        SamplesError: as for :func:`load`.
+    """
+    return parse_stacks(_read(path))
 
 
 def parse(content: bytes) -> tuple[Header, list[Sample]]:
@@ -148,9 +202,35 @@ def parse(content: bytes) -> tuple[Header, list[Sample]]:
     Raises:
         SamplesError: it holds something else; the message is one line.
     """
-    try:
+    with _one_line():
         header, words = _header(content)
         return header, _rows(header, words, load_tensors(content))
+
+
+def parse_stacks(content: bytes) -> list[StackSample]:
+    """The samples of padding-free stacks in the content of a file.
+
+    Raises:
+        SamplesError: as for :func:`parse`.
+    """
+    with _one_line():
+        _, words = _header(content)
+        return _stacks(words, load_tensors(content))
+
+
+def _read(path: StrPath) -> bytes:
+    try:
+        return read_bounded(path, MAX_BYTES)
+    except OSError as error:
+        raise SamplesError(error.strerror or type(error).__name__) from None
+    except ValueError as error:
+        raise SamplesError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, SamplesError):
             raise
@@ -182,6 +262,64 @@ def _rows(header: Header, words: dict[str, list[str]], arrays: dict[str, Any]) -
         for name in (*_NUMBERS, "backend", "status")
     }
     columns |= {f"workload.{name}": arrays[f"workload.{name}"] for name in FIELDS}
+    lists = _lists(columns)
+    return [
+        Sample(
+            workload=_workload(words, lists, row),
+            backend=header.backends[lists["backend"][row]],
+            status=STATUSES[lists["status"][row]],
+            **{name: lists[name][row] for name in _NUMBERS},
+        )
+        for row in range(len(lists["index"]))
+    ]
+
+
+def _stacks(words: dict[str, list[str]], arrays: dict[str, Any]) -> list[StackSample]:
+    columns = {
+        name.removeprefix(_STACK): column
+        for name, column in arrays.items()
+        if name.startswith(_STACK)
+    }
+    if not columns:
+        return []
+    expected = {*_STACK_NUMBERS, *(f"workload.{name}" for name in FIELDS)}
+    if columns.keys() != expected:
+        odd = sorted(columns.keys() ^ expected)[0]
+        raise SamplesError(f"column {_STACK}{odd} is missing or not known")
+    lists = _lists(columns)
+    found = []
+    for row in range(len(lists["layers"])):
+        stack = StackSample(
+            workload=_workload(words, lists, row),
+            **{name: lists[name][row] for name in _STACK_NUMBERS},
+        )
+        times = (stack.padded_us, stack.packed_us, stack.speedup)
+        whole = isinstance(stack.layers, int) and isinstance(stack.rounds, int)
+        if (
+            not whole
+            or not 1 <= stack.layers <= _MAX_LAYERS
+            or stack.work > MAX_WORK
+            or not all(time > 0 for time in times)
+        ):
+            raise SamplesError(f"a stack that cannot be: {stack}")
+        found.append(stack)
+    return found
+
+
+def _workload_columns(workloads: Sequence[Workload]) -> dict[str, Any]:
+    """A column per field, with the places of words in ``WORDS``."""
+    columns = {}
+    for name in FIELDS:
+        values = [getattr(workload, name) for workload in workloads]
+        words = WORDS.get(name)
+        columns[f"workload.{name}"] = np.array(
+            [words.index(v) for v in values] if words else values
+        )
+    return columns
+
+
+def _lists(columns: dict[str, Any]) -> dict[str, list[Any]]:
+    """Columns of one length without impossible numbers, as lists."""
     sizes = {column.shape for column in columns.values()}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         raise SamplesError("the columns are not of one length")
@@ -190,25 +328,23 @@ def _rows(header: Header, words: dict[str, list[str]], arrays: dict[str, Any]) -
         finite = ~np.isnan(column) if name == "error" else np.isfinite(column)
         if not (finite & (column >= 0)).all():
             raise SamplesError(f"column {name} has negative or non-finite values")
-    lists = {name: column.tolist() for name, column in columns.items()}
-    samples = []
-    for row in range(len(lists["index"])):
-        given = {name: lists[f"workload.{name}"][row] for name in FIELDS}
-        for name in given.keys() & words.keys():
-            word = words[name][given[name]]
-            if word not in WORDS[name]:
-                raise SamplesError(f"unknown {name} {word!r}")
-            given[name] = word
-        given["causal"] = bool(given["causal"])
-        samples.append(
-            Sample(
-                workload=_bounded(Workload(**given)),
-                backend=header.backends[lists["backend"][row]],
-                status=STATUSES[lists["status"][row]],
-                **{name: lists[name][row] for name in _NUMBERS},
-            )
-        )
-    return samples
+    return {name: column.tolist() for name, column in columns.items()}
+
+
+def _workload(words: dict[str, list[str]], lists: dict[str, list[Any]], row: int) -> Workload:
+    """The workload of a row.
+
+    Raises:
+        SamplesError: one that cannot be.
+    """
+    given = {name: lists[f"workload.{name}"][row] for name in FIELDS}
+    for name in given.keys() & words.keys():
+        word = words[name][given[name]]
+        if word not in WORDS[name]:
+            raise SamplesError(f"unknown {name} {word!r}")
+        given[name] = word
+    given["causal"] = bool(given["causal"])
+    return _bounded(Workload(**given))
 
 
 def _bounded(workload: Workload) -> Workload:

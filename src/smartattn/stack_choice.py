@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
-from .backends import BACKENDS
+from .backends import BACKENDS, Backend
 from .call import Call
 from .choose import Chooser, UnsupportedCallError
 from .control import Settings
 from .packed_stack import Packing, argument_refusal, packed_plan
 from .plan import Padding, Plan
-from .profile import profile_for, stack_rules
+from .profile import Profile, profile_for, stack_rules
 from .stack_rule import stack_rule
 from .stacks import Head, Stack
+
+#: Why nothing is packed under ``pad_output="sdpa"``.
+KEEPS_PADDING = "padding positions of the output are to be kept"
 
 _chooser = Chooser(BACKENDS)
 
@@ -43,7 +46,7 @@ def exactness_refusal(request: Request, packing: Packing) -> str | None:
     """Why the forward cannot be packed exactly, or without more memory than it takes padded."""
     plan, stack = request.plan, request.stack
     if request.settings.pad_output == "sdpa":
-        return "padding positions of the output are to be kept"
+        return KEEPS_PADDING
     if not packing.is_padded(request.states):
         return "the hidden states do not have the shape of the mask"
     if plan.padding is Padding.HOLES and stack.has_windows:
@@ -70,7 +73,11 @@ def attention_refusal(request: Request) -> str | None:
         decision = _chooser(packed, call, profile, request.settings.backends)
     except UnsupportedCallError as error:
         return str(error)
-    backend = decision.backend
+    return backend_refusal(decision.backend, packed, call)
+
+
+def backend_refusal(backend: Backend, packed: Plan, call: Call) -> str | None:
+    """Why the backend that would run the packed tokens makes packing them pointless."""
     if packed.is_packed and (backend.last_resort or backend.uses_dense_mask(packed, call)):
         return f"{backend.name} needs a mask of all tokens by all tokens for packed sequences"
     return None
@@ -80,15 +87,25 @@ def worth(request: Request, always: bool) -> tuple[bool, str]:
     """Whether packing is worth its copies by the profile in force, and why."""
     if always:
         return True, "asked for whenever it is exact"
-    plan = request.plan
-    profile = profile_for(plan.device)
+    return pays(request.plan, request.states.shape[-1], profile_for(request.plan.device))
+
+
+def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
+    """Whether a profile says that packing a batch pays, and the rule that says so.
+
+    Args:
+        plan: the padded batch.
+        hidden: size of the hidden states.
+    """
     tokens = plan.batch * plan.q_len
     padding = tokens - plan.real_q
-    work = padding * request.states.shape[-1] ** 2
-    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, float(work))
+    work = float(padding * hidden**2)
+    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work)
     if rule is None:
         return False, "no rule of the profile says that it pays"
-    return rule.pack, f"rule of profile {profile.name}: {rule.because}"
+    # A profile without rules of its own goes by those of the default.
+    name = profile.name if profile.padding_free else "default"
+    return rule.pack, f"rule of profile {name}: {rule.because}"
 
 
 def _call(request: Request, packed: Plan) -> Call:

@@ -8,26 +8,45 @@ from pydantic import Field, StringConstraints
 
 from .machine import Record
 
+#: Largest bound of a rule on work, see :class:`StackWhen`.
+MAX_WORK = 1e20
+Work = Annotated[float, Field(ge=0.0, le=MAX_WORK)]
+
 
 class StackWhen(Record):
     """Conditions of a rule, all of which must hold; None says nothing.
 
     ``min_padding_share`` is the share of the (batch x length) tokens that is padding, 0 to 1.
-    ``min_spared_work`` is the number of padding tokens times the square of the hidden size: the
-    operations that a layer spends on them are about 24 times as many. Bounds are inclusive.
+    ``min_work`` is the number of all tokens, padding included, times the square of the hidden size,
+    ``min_spared_work`` that of the padding tokens: the operations that a layer spends on them are
+    about 24 times as many. The work of the padded batch says whether its forward waits for the
+    host, where packing gains nothing; the spared work is what has to outweigh the copies. Bounds
+    are inclusive.
     """
 
     device: Literal["cuda", "cpu"] | None = None
     min_padding_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    min_spared_work: Annotated[float, Field(ge=0.0, le=1e20)] | None = None
+    min_work: Work | None = None
+    min_spared_work: Work | None = None
 
     def holds(self, device: str, padding_share: float, spared_work: float) -> bool:
         """Whether the conditions hold for a batch."""
         return (
             (self.device is None or device == self.device)
             and (self.min_padding_share is None or padding_share >= self.min_padding_share)
+            and (self.min_work is None or spared_work >= self.min_work * padding_share)
             and (self.min_spared_work is None or spared_work >= self.min_spared_work)
         )
+
+    def __str__(self) -> str:
+        phrases = []
+        if self.min_padding_share is not None:
+            phrases.append(f"from {self.min_padding_share:.0%} padding on")
+        if self.min_work is not None:
+            phrases.append(f"tokens x hidden^2 at least {self.min_work:.2g}")
+        if self.min_spared_work is not None:
+            phrases.append(f"padding tokens x hidden^2 at least {self.min_spared_work:.2g}")
+        return ", ".join(phrases) or "otherwise"
 
 
 class StackRule(Record):

@@ -1,0 +1,107 @@
+"""From timings of stacks with and without their padding to the rules of a profile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from .grid import FEWEST
+from .least_squares import FloatArray
+from .samples import Header, StackSample
+from .stack_rule import StackRule, StackWhen
+
+#: How much faster packing has to be before it counts as paying: what a rule promises must hold for
+#: other models too, and of plain "smart" nothing may be lost.
+MARGIN = 0.03
+#: A sample speaks against packing others that have up to so much more padding and work: lengths
+#: are drawn, so that two samples of one share of padding differ a little.
+_ALIKE = 0.9
+#: Bounds on padding that differ by less become one, within the room that ``_ALIKE`` makes.
+_SAME = 0.95
+
+
+def fit_stack_rules(samples: Sequence[StackSample], header: Header) -> tuple[StackRule, ...]:
+    """When packing pays on a device, and that it does not otherwise; nothing from few samples.
+
+    A batch is packed that has at least the padding and the work of a sample where packing was
+    faster by ``MARGIN``, unless with as much of both or more there was one where it was not. With
+    more of either nothing is skipped that was packed with less. Work is that of the padded batch:
+    it says whether a forward waits for the host, which packing only adds to, and with the share of
+    padding what there is to gain.
+    """
+    if len(samples) < FEWEST:
+        return ()
+    kind = header.device.kind
+    measured = f"measured on {header.device} on {header.date}"
+    described = _described(samples)
+    speedups = np.array([sample.speedup for sample in samples])
+    covered = np.zeros(len(samples), dtype=bool)
+    rules = []
+    for when in _bounds(samples, kind):
+        inside = np.array([when.holds(kind, s.padding_share, s.spared_work) for s in samples])
+        because = f"{measured}: from there on {_times(speedups[inside])} ({described})"
+        rules.append(StackRule(when=when, pack=True, because=because))
+        covered |= inside
+    because = f"{measured}: smaller batches and less padding were not timed"
+    if not covered.all():
+        where = "less padding or work:" if rules else f"nowhere {MARGIN:.0%} faster,"
+        because = f"{measured}: {where} {_times(speedups[~covered])} ({described})"
+    rules.append(StackRule(when=StackWhen(device=kind), pack=False, because=because))
+    return tuple(rules)
+
+
+def _bounds(samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]) -> list[StackWhen]:
+    """The least padding and work that are packed: more padding first, and with it less work."""
+    points = np.array([(sample.padding_share, sample.work) for sample in samples])
+    pays = np.array([sample.speedup for sample in samples]) >= 1 + MARGIN
+    lost = points[~pays]
+    least: list[tuple[float, float]] = []
+    for share, work in sorted(map(tuple, points[pays])):
+        if (lost >= _ALIKE * np.array((share, work))).all(axis=1).any():
+            continue
+        # The one before it has less padding, and may have less work as well.
+        if least and work >= least[-1][1]:
+            continue
+        if least and least[-1][0] >= _SAME * share:
+            share, _ = least.pop()
+        least.append((share, work))
+    return [
+        StackWhen(
+            device=kind,
+            min_padding_share=_rounded_down(share),
+            min_work=_rounded_down(work),
+        )
+        for share, work in reversed(least)
+    ]
+
+
+def _rounded_down(value: float, digits: int = 3) -> float:
+    """A shorter number, by less than ``_ALIKE`` makes room for."""
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.floor(value / unit) * unit:.{digits}g}")
+
+
+def _times(speedups: FloatArray) -> str:
+    low, high = float(speedups.min()), float(speedups.max())
+    count = f"{len(speedups)} batch{'es' * (len(speedups) != 1)}"
+    return f"{low:.2f} to {high:.2f} times as fast in {count}"
+
+
+def _described(samples: Sequence[StackSample]) -> str:
+    """What was measured, as a phrase."""
+    stacks = dict.fromkeys(
+        ("Llama" if s.workload.causal else "BERT", s.hidden, s.workload.mode) for s in samples
+    )
+    kinds = []
+    for name in ("BERT", "Llama"):
+        sizes = sorted({hidden for other, hidden, _ in stacks if other == name})
+        if sizes:
+            kinds.append(f"{name}-like of hidden size {' and '.join(map(str, sizes))}")
+    modes = [m for m in ("forward", "train") if any(mode == m for *_, mode in stacks)]
+    words = {"forward": "forward", "train": "training"}
+    layers = " and ".join(map(str, sorted({sample.layers for sample in samples})))
+    dtypes = ", ".join(dict.fromkeys(sample.workload.dtype for sample in samples))
+    return f"{', '.join(kinds)}, {layers} layers, {dtypes}, {' and '.join(words[m] for m in modes)}"
