@@ -345,6 +345,36 @@ def test_first_runs_that_would_take_too_long_are_left_out() -> None:
     assert {s.backend: s.status for s in found} == {"sdpa": "ok", "sdpa_unpadded": "slow"}
 
 
+class _Builds(type(SDPA)):  # type: ignore[misc]
+    name = "builds"
+
+
+class _Takes(type(SDPA)):  # type: ignore[misc]
+    name = "takes"
+
+
+def test_what_builds_kernels_for_each_shape_is_left_out_of_every_second_workload() -> None:
+    patience = Patience(0.5, thrifty=True)
+    found: dict[int, list[str]] = {0: [], 1: []}
+    for seed in range(8):
+        workload = replace(SMALL, seed=seed)
+        for backend, seconds in (("builds", 0.04), ("takes", 0.001), ("sdpa", 0.001)):
+            first = samples.Sample(0, workload, backend, "ok", first_us=seconds * 1e6)
+            patience.learn(first)
+        if seed >= 4:
+            every = (_Builds(), _Takes(), SDPA)
+            found[seed % 2] += [
+                s.backend for s in measure(0, workload, CPU, every, {}, 0.001, patience)
+            ]
+    assert found[0] == ["builds", "takes", "sdpa"] * 2
+    assert found[1] == ["takes", "sdpa"] * 2
+    # With one other there would be nothing left to compare, and judging needs all of them.
+    odd = replace(SMALL, seed=9)
+    assert len(measure(0, odd, CPU, (_Builds(), SDPA), {}, 0.001, patience)) == 2
+    patience.thrifty = False
+    assert len(measure(0, odd, CPU, (_Builds(), _Takes(), SDPA), {}, 0.001, patience)) == 3
+
+
 def test_spread_is_relative_and_zero_for_one() -> None:
     assert relative_spread([5.0]) == 0.0
     assert relative_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartattn import grid
-from smartattn.cost import FEATURES, LAYERS, Predictor, features, regime_of
+from smartattn.cost import (
+    BEND_LIMIT,
+    BEND_TERMS,
+    FEATURES,
+    LAYERS,
+    Cost,
+    Predictor,
+    features,
+    regime_of,
+)
 from smartattn.fit import fit_costs, fit_profile
 from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions
@@ -310,3 +319,64 @@ def test_memory_and_error_are_modelled_where_they_were_measured() -> None:
         without = unmeasured.estimate("sdpa", plan, call)
         assert without is not None
         assert without.peak_bytes is None
+
+
+def occupied_us(backend: str, workload: Workload) -> float:
+    """What half of the work takes four times as long as, where few blocks share it."""
+    blocks = workload.batch * workload.kv_heads
+    return true_us(backend, workload) * (1.0 + 3.0 / (1.0 + blocks / 64))
+
+
+def occupied(count: int, seed: int = 0) -> list[Sample]:
+    decode = grid.Family("decode", False, ("left",), "bfloat16", 64)
+    return [
+        Sample(i, w, backend, "ok", 1.0, 0.0, occupied_us(backend, w), 0.01, 5)
+        for i, w in enumerate(drawn(count, seed, decode))
+        for backend in TRUE
+    ]
+
+
+def median_error(predictor: Predictor) -> float:
+    errors = []
+    for sample in occupied(60, seed=5):
+        plan, call = sample.workload.plan(CUDA), sample.workload.call(CUDA)
+        found = predictor.predict(sample.backend, plan, call)
+        assert found is not None
+        errors.append(abs(found / sample.device_us - 1))
+    return float(np.median(errors))
+
+
+def test_models_bend_where_work_is_not_all_that_counts() -> None:
+    costs = fit_costs(occupied(60), CUDA)
+    assert all(len(cost.bend) == BEND_TERMS for cost in costs)
+    straight = [cost.model_copy(update={"bend": ()}) for cost in costs]
+    assert median_error(Predictor(costs)) < 0.6 * median_error(Predictor(straight))
+
+
+def test_few_samples_do_not_bend_a_model() -> None:
+    assert {cost.bend for cost in fit_costs(occupied(20), CUDA)} == {()}
+
+
+def test_a_straight_model_is_hardly_bent() -> None:
+    for cost in fit_costs(samples_of(drawn(60)), CUDA):
+        assert max(map(abs, cost.bend)) < 0.03
+
+
+def test_no_bend_is_beyond_its_limit_however_far_the_shape() -> None:
+    (cost, *_) = fit_costs(occupied(60), CUDA)
+    steep = cost.model_copy(update={"bend": (5.0, *cost.bend[1:])})
+    flat = cost.model_copy(update={"bend": (-5.0, *cost.bend[1:])})
+    far = Workload("decode", False, "left", "bfloat16", 4096, 1, 60_000, 64, 8, 64, 0, 0, 0.5)
+    plan, call = far.plan(CUDA), far.call(CUDA)
+    us = [
+        Predictor([one]).predict(cost.backend, plan, call)
+        for one in (flat, cost.model_copy(update={"bend": ()}), steep)
+    ]
+    assert us[1] == pytest.approx(BEND_LIMIT * us[0])
+    assert us[2] == pytest.approx(BEND_LIMIT * us[1])
+
+
+def test_a_bend_has_all_of_its_terms_or_none() -> None:
+    (cost, *_) = fit_costs(occupied(60), CUDA)
+    with pytest.raises(ValueError, match="terms"):
+        Cost.model_validate(cost.model_dump() | {"bend": (0.1, 0.2)})

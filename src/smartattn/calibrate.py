@@ -31,14 +31,14 @@ from .timing import cache_flush
 #: "quick" to be over within 60 s on two CPU cores and within 30 s on a GPU.
 BUDGETS: Mapping[tuple[str, RunMode], float] = {
     ("cpu", "quick"): 30.0,
-    ("cuda", "quick"): 14.0,
+    ("cuda", "quick"): 17.0,
     ("cpu", "default"): 120.0,
     ("cuda", "default"): 120.0,
 }
 #: Seconds between two writes of the raw samples.
 _SAVE_EVERY = 3.0
 #: Seconds that the rounds of one workload may take, and the rounds.
-_PER_WORKLOAD = {"cpu": 0.25, "cuda": 0.08}
+_PER_WORKLOAD = {"cpu": 0.25, "cuda": 0.03}
 #: Seconds that a first run of a backend may take.
 _PATIENCE: Mapping[RunMode, float] = {"quick": 0.2, "default": 0.5}
 #: Seconds for the last one, however little of the budget is left.
@@ -253,7 +253,7 @@ class _Sweep:
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
         warm_up(request.device, self.backends)
         self.surroundings = measure_surroundings(request.device)
-        patience = Patience(_PATIENCE[request.mode])
+        patience = Patience(_PATIENCE[request.mode], thrifty=True)
         for sample in self.taken:
             patience.learn(sample)
         flush = cache_flush(request.device) if request.cold else None

@@ -7,9 +7,11 @@ Both are functions of the plan and the call alone, so fitting and predicting sha
 
 from __future__ import annotations
 
+import math
+import operator
+import weakref
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, StringConstraints, model_validator
@@ -52,6 +54,22 @@ FEATURES: dict[str, str] = {
     "sequence_pairs": "real_pairs, or visible_pairs of right padding that is not worth skipping",
 }
 
+#: The sizes whose logarithms bend a model, each with the middle of its usual range and half of its
+#: width in octaves. Work is not all that counts: how many blocks share it, and how evenly, decides
+#: how much of a device is busy.
+SIZES: dict[str, tuple[float, float]] = {
+    "blocks": (7.0, 3.0),
+    "longest": (10.0, 3.0),
+    "real_keys": (22.0, 4.0),
+    "group": (1.0, 1.5),
+    "head_dim": (6.5, 0.5),
+    "balance": (-0.5, 0.5),
+}
+#: Terms of a bend: 1, the sizes, and the products of any two of them.
+BEND_TERMS = 1 + len(SIZES) + len(SIZES) * (len(SIZES) + 1) // 2
+#: Sizes beyond this many half widths count as that many; and no bend is by more than this factor.
+_SIZE_LIMIT, BEND_LIMIT = 2.0, 2.0
+
 #: Layers that one forward's preparation is divided among: those of BERT-large, between the 16 of
 #: small language models and the 32 of usual ones. A call does not know its model.
 LAYERS = 24
@@ -61,6 +79,7 @@ MAX_EXTRAPOLATION = 64
 MAX_HEAD_DIM_SCALE = 2
 
 Coefficient = Annotated[float, Field(ge=0.0, le=1e12)]
+Term = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
 class Regime(NamedTuple):
@@ -104,6 +123,9 @@ class Cost(Record):
     error: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
     #: What the first call of each new shape takes longer, for kernels that are built for a shape.
     build_us: Coefficient = 0.0
+    #: Logarithm of what ``device_us`` is multiplied by, in the terms of :func:`bend_terms`; empty
+    #: if too little was measured to tell.
+    bend: tuple[Term, ...] = ()
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
     samples: Annotated[int, Field(ge=1, le=10**9)]
@@ -118,6 +140,8 @@ class Cost(Record):
             raise ValueError(f"unknown feature {unknown[0]!r}")
         if not self.device_us:
             raise ValueError("no coefficient in device_us")
+        if len(self.bend) not in (0, BEND_TERMS):
+            raise ValueError(f"a bend has {BEND_TERMS} terms")
         return self
 
     @property
@@ -152,6 +176,7 @@ class _Model(NamedTuple):
     memory: _Terms
     error: float | None
     build_us: float
+    bend: tuple[float, ...]
 
 
 class Predictor:
@@ -174,6 +199,7 @@ class Predictor:
                 memory=_terms(cost.peak_bytes),
                 error=cost.error,
                 build_us=cost.build_us,
+                bend=cost.bend,
             )
             self._models.setdefault((cost.backend, *cost.regime[:4]), []).append(model)
         for models in self._models.values():
@@ -189,7 +215,8 @@ class Predictor:
 
     def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
         """Time, memory and error of a call, None where no model covers it."""
-        regime, amounts = _seen(plan, call)
+        seen = _seen(plan, call)
+        regime, amounts = seen.regime, seen.amounts
         if regime is None:
             return None
         mode, layout, causal, dtype, wanted_dim = regime
@@ -205,10 +232,10 @@ class Predictor:
         scale = max(1.0, wanted_dim / model.head_dim)
         if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
-        host_us, device_us = (
-            _weighted(model.host, amounts),
-            scale * _weighted(model.device, amounts),
-        )
+        host_us = _weighted(model.host, amounts)
+        device_us = scale * _weighted(model.device, amounts)
+        if model.bend:
+            device_us *= bend_factor(model.bend, seen.terms)
         slack_us = 0.0
         bottleneck: Literal["host", "device"] | None = None
         if self._surroundings is not None:
@@ -337,19 +364,65 @@ def _facts(plan: Plan) -> _Facts:
     return _Facts(len(lengths), len(lengths), sum(lengths), longest)
 
 
-class _Seen(NamedTuple):
-    call: Call
-    regime: Regime | None
-    amounts: tuple[float, ...]
+def bend_terms(plan: Plan, call: Call) -> tuple[float, ...]:
+    """The terms of a bend: 1, the normalised logarithms of :data:`SIZES`, and their products.
+
+    ``blocks`` are sequences x kv_heads, ``longest`` the keys of the longest sequence, ``real_keys``
+    those of all, times kv_heads and head_dim, ``group`` the heads per kv_head, and ``balance`` the
+    mean length as a share of the longest.
+    """
+    facts = _facts(plan)
+    sequences, longest = max(1, facts.sequences), max(1, facts.longest)
+    real = max(1, plan.real_k)
+    amounts = (
+        sequences * call.kv_heads,
+        longest,
+        real * call.kv_heads * call.head_dim,
+        call.group_size,
+        call.head_dim,
+        real / (longest * sequences),
+    )
+    sizes = []
+    for amount, (middle, half) in zip(amounts, SIZES.values(), strict=True):
+        size = (math.log2(amount) - middle) / half
+        sizes.append(max(-_SIZE_LIMIT, min(_SIZE_LIMIT, size)))
+    products = [x * y for place, x in enumerate(sizes) for y in sizes[place:]]
+    return (1.0, *sizes, *products)
 
 
-#: The last call that was asked about, per plan: every backend is asked about the same one in turn.
-_LAST: WeakKeyDictionary[Plan, _Seen] = WeakKeyDictionary()
+def bend_factor(bend: Sequence[float], terms: Sequence[float]) -> float:
+    """What a model's device time is multiplied by."""
+    exponent = sum(map(operator.mul, bend, terms))
+    return min(BEND_LIMIT, max(1.0 / BEND_LIMIT, math.exp(min(10.0, exponent))))
 
 
-def _seen(plan: Plan, call: Call) -> tuple[Regime | None, tuple[float, ...]]:
+class _Seen:
+    """What one call is about; every backend is asked about the same one in turn."""
+
+    __slots__ = ("_plan", "_terms", "amounts", "call", "regime")
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self._plan = weakref.ref(plan)
+        self._terms: tuple[float, ...] | None = None
+        self.call = call
+        self.regime = regime_of(plan, call)
+        self.amounts = () if self.regime is None else features(plan, call)
+
+    @property
+    def terms(self) -> tuple[float, ...]:
+        if self._terms is None:
+            plan = self._plan()
+            assert plan is not None
+            self._terms = bend_terms(plan, self.call)
+        return self._terms
+
+
+#: The last call that was asked about, per plan.
+_LAST: weakref.WeakKeyDictionary[Plan, _Seen] = weakref.WeakKeyDictionary()
+
+
+def _seen(plan: Plan, call: Call) -> _Seen:
     seen = _LAST.get(plan)
     if seen is None or seen.call is not call:
-        regime = regime_of(plan, call)
-        seen = _LAST[plan] = _Seen(call, regime, () if regime is None else features(plan, call))
-    return seen.regime, seen.amounts
+        seen = _LAST[plan] = _Seen(plan, call)
+    return seen

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from .cost import FEATURES, Cost, Layout, Mode, Regime, features, regime_of
+from .cost import (
+    BEND_LIMIT,
+    BEND_TERMS,
+    FEATURES,
+    Cost,
+    Layout,
+    Mode,
+    Regime,
+    bend_terms,
+    features,
+    regime_of,
+)
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, relative_fit
 from .profile import Profile, Rule, Run
@@ -26,6 +38,12 @@ _PRIOR_SAMPLES = 10.0
 _BUILDING_US = 5_000.0
 #: Largest log error that one left-out sample counts for.
 _WORST_MISS = 1.5
+
+
+#: Fewest samples of a group that its models are bent by, and how many samples without any error
+#: the terms are held back by.
+_BENDING_SAMPLES = 24
+_STIFFNESS = 4.0
 
 
 def _columns(*names: str) -> FloatArray:
@@ -100,24 +118,30 @@ _ALLOCATED = _columns(
 _SCALES = 1.0 - _columns("call", "groups", "gathers", "sequences", "mask_pairs")
 
 
+_Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]
+_Known: TypeAlias = tuple[Regime, tuple[float, ...], tuple[float, ...]] | None
+
+
 def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
     """Fits a model per backend and regime.
 
     Args:
         device: of the kind that was measured; it need not exist here.
     """
-    rows: dict[tuple[str, Regime], list[tuple[tuple[float, ...], Sample]]] = defaultdict(list)
-    known: dict[Workload, tuple[Regime | None, tuple[float, ...]]] = {}
+    rows: dict[tuple[str, Regime], list[_Row]] = defaultdict(list)
+    known: dict[Workload, _Known] = {}
     for sample in samples:
         if sample.status != "ok" or sample.device_us <= 0:
             continue
         if sample.workload not in known:
             plan, call = sample.workload.plan(device), sample.workload.call(device)
             regime = regime_of(plan, call)
-            known[sample.workload] = (regime, () if regime is None else features(plan, call))
-        regime, amounts = known[sample.workload]
-        if regime is not None:
-            rows[sample.backend, regime].append((amounts, sample))
+            known[sample.workload] = None
+            if regime is not None:
+                known[sample.workload] = regime, features(plan, call), bend_terms(plan, call)
+        facts = known[sample.workload]
+        if facts is not None:
+            rows[sample.backend, facts[0]].append((facts[1], facts[2], sample))
     # Regimes that differ in head_dim, and in whether they are causal, have most in common: the
     # amounts of work speak of both. Right padding that a kernel need not know of is none to it.
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
@@ -155,11 +179,18 @@ class _Table:
     regime: Regime
     samples: tuple[Sample, ...]
     amounts: FloatArray
+    #: (samples, terms), see :func:`~smartattn.cost.bend_terms`.
+    terms: FloatArray
 
     @staticmethod
-    def of(regime: Regime, rows: list[tuple[tuple[float, ...], Sample]]) -> _Table:
-        amounts = np.array([amounts for amounts, _ in rows])
-        return _Table(regime, tuple(sample for _, sample in rows), amounts * _per_dim(regime))
+    def of(regime: Regime, rows: list[_Row]) -> _Table:
+        amounts = np.array([amounts for amounts, _, _ in rows]) * _per_dim(regime)
+        terms = np.array([terms for _, terms, _ in rows])
+        return _Table(regime, tuple(sample for _, _, sample in rows), amounts, terms)
+
+    @property
+    def device_us(self) -> FloatArray:
+        return np.array([sample.device_us for sample in self.samples])
 
 
 def _per_dim(regime: Regime) -> FloatArray:
@@ -221,10 +252,35 @@ class _Group:
         launches = self._fitted(_LAUNCHES, [s.host_us for s in self.samples] if host else [])
         prepare = self._fitted(_PREPARED, [s.prepare_us for s in self.samples])
         memory = self._fitted(_ALLOCATED, [float(s.peak_bytes) for s in self.samples])
-        return [
-            self._cost(table, columns, pooled, least, launches, prepare, memory)
+        device = [
+            relative_fit(
+                table.amounts * columns,
+                table.device_us,
+                pooled * columns,
+                least=least,
+                strength=_PRIOR_SAMPLES,
+            )
             for table in self.tables
         ]
+        bend = self._bend(device)
+        return [
+            self._cost(table, coefficients, bend, launches, prepare, memory)
+            for table, coefficients in zip(self.tables, device, strict=True)
+        ]
+
+    def _bend(self, device: list[FloatArray]) -> FloatArray | None:
+        """What the linear models of the group leave over, in the terms of a bend."""
+        if len(self.samples) < _BENDING_SAMPLES:
+            return None
+        straight = np.concatenate(
+            [table.amounts @ one for table, one in zip(self.tables, device, strict=True)]
+        )
+        left = np.log(np.maximum(self.device_us, 1e-3) / np.maximum(straight, 1e-3))
+        left = np.clip(left, -np.log(BEND_LIMIT), np.log(BEND_LIMIT))
+        terms = np.concatenate([table.terms for table in self.tables])
+        held = np.diag([0.0, *[_STIFFNESS] * (BEND_TERMS - 1)])
+        bend: FloatArray = np.linalg.lstsq(terms.T @ terms + held, terms.T @ left, rcond=None)[0]
+        return bend
 
     def _fitted(self, columns: FloatArray, values: list[float]) -> FloatArray:
         """Coefficients of what is modelled for the group as a whole; zeros if nothing is known."""
@@ -237,20 +293,19 @@ class _Group:
     def _cost(
         self,
         table: _Table,
-        columns: FloatArray,
-        pooled: FloatArray,
-        least: FloatArray,
+        device: FloatArray,
+        bend: FloatArray | None,
         launches: FloatArray,
         prepare: FloatArray,
         memory: FloatArray,
     ) -> Cost:
         amounts, per_dim = table.amounts, _per_dim(table.regime)
-        busy = np.array([sample.device_us for sample in table.samples])
-        device = relative_fit(
-            amounts * columns, busy, pooled * columns, least=least, strength=_PRIOR_SAMPLES
-        )
-        predicted = np.maximum(amounts @ device, amounts @ launches)
-        measured = busy
+        busy = amounts @ device
+        if bend is not None:
+            factors = np.exp(table.terms @ bend)
+            busy = busy * np.clip(factors, 1.0 / BEND_LIMIT, BEND_LIMIT)
+        predicted = np.maximum(busy, amounts @ launches)
+        measured = table.device_us
         if launches.any():
             measured = np.array([max(s.host_us, s.device_us) for s in table.samples])
         errors = [sample.error for sample in table.samples]
@@ -263,6 +318,7 @@ class _Group:
             peak_bytes=_named(memory * per_dim),
             error=float(f"{np.median(errors):.3g}"),
             build_us=_build_us(self.samples),
+            bend=() if bend is None else tuple(float(f"{term:.4g}") for term in bend),
             # The coefficients come from all of the group's samples, and so does their reach.
             longest_kv_len=max(sample.workload.kv_len for sample in self.samples),
             samples=len(table.samples),

@@ -32,6 +32,8 @@ _LONG = 0.05
 #: are dared until then.
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
+#: Seconds of a first run above which kernels are built for the shape.
+_BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
 #: Backends that take sequences of all lengths in one kernel.
 _VARLEN = frozenset({"flash_attention_2", "flash_attention_3", "torch_varlen"})
@@ -47,6 +49,9 @@ class Patience:
 
     #: Longest first run that is waited for.
     seconds: float
+    #: Leave a backend that builds kernels for each shape out of every second workload that others
+    #: can be compared on: it takes many times as long as they do, and half as much tells enough.
+    thrifty: bool = False
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     def learn(self, sample: Sample) -> None:
@@ -54,6 +59,12 @@ class Patience:
         if sample.first_us > 0:
             groups = _groups(sample.workload)
             self._seen[sample.backend].append((groups, sample.first_us * 1e-6))
+
+    def spares(self, backend: str, workload: Workload) -> bool:
+        """Whether a workload is one that a backend is left out of."""
+        seconds = [seconds for _, seconds in self._seen[backend]]
+        builds = len(seconds) >= _FEWEST_FIRST_RUNS and float(np.median(seconds)) > _BUILDS
+        return self.thrifty and builds and workload.seed % 2 == 1
 
     def lasts(self, backend: str, workload: Workload) -> bool:
         """Whether the first run of a backend will end in time, as far as is known."""
@@ -109,6 +120,8 @@ def measure(
     functions: dict[str, Callable[[], Result]] = {}
     for backend in able:
         sample = Sample(index, workload, backend.name, "ok")
+        if patience is not None and len(able) > 2 and patience.spares(backend.name, workload):
+            continue
         if (
             patience is not None
             and not backend.indispensable

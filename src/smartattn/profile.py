@@ -185,7 +185,22 @@ class Profile(Record):
 
     def to_json(self) -> str:
         """The profile as readable JSON with a final newline; absent values are left out."""
-        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
+        return readable(self.model_dump(mode="json", exclude_none=True)) + "\n"
+
+
+def readable(value: Any, indent: str = "") -> str:
+    """JSON with one line for everything that holds numbers and texts alone."""
+    if not isinstance(value, (dict, list)) or not any(
+        isinstance(part, (dict, list))
+        for part in (value.values() if isinstance(value, dict) else value)
+    ):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        lines = [f"{deeper}{json.dumps(k)}: {readable(v, deeper)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    lines = [deeper + readable(part, deeper) for part in value]
+    return "[\n" + ",\n".join(lines) + f"\n{indent}]"
 
 
 # -- reading and writing -------------------------------------------------------------------------
