@@ -638,10 +638,17 @@ MUTATIONS = (
         STACKS,
     ),
     Mutation(
+        "stacks: the default holds whatever was measured",
+        "stack_fit.py",
+        "if not lost:",
+        "if True:",
+        STACKS,
+    ),
+    Mutation(
         "stacks: any gain is enough",
         "stack_fit.py",
-        ">= 1 + MARGIN\n    lost",
-        ">= 1\n    lost",
+        "max(1, sample.rounds))) >= 1 + MARGIN",
+        "max(1, sample.rounds))) >= 1",
         STACKS,
     ),
     Mutation(

@@ -12,7 +12,7 @@ import torch
 from .cost import FEATURES, Cost, Layout, Mode, Regime, features, regime_of
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, relative_fit
-from .profile import Profile, Rule, Run
+from .profile import Profile, Rule, Run, default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
 from .thresholds import thresholds
@@ -327,7 +327,7 @@ def fit_profile(
             complaints=header.complaints,
         ),
         rules=tuple(kept),
-        padding_free=fit_stack_rules(stacks, header),
+        padding_free=fit_stack_rules(stacks, header, default_stack_rules()),
         thresholds=tuple(thresholds(costs, device)),
         costs=tuple(costs),
     )
