@@ -647,8 +647,15 @@ MUTATIONS = (
     Mutation(
         "stacks: any gain is enough",
         "stack_fit.py",
-        "max(1, sample.rounds))) >= 1 + MARGIN",
-        "max(1, sample.rounds))) >= 1",
+        "lost = points[[sample.speedup < 1 + MARGIN for",
+        "lost = points[[sample.speedup < 1 for",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: what the rounds leave open does not count",
+        "stack_fit.py",
+        "(1 - sample.spread / math.sqrt(max(1, sample.rounds)))",
+        "1",
         STACKS,
     ),
     Mutation(

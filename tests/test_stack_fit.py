@@ -435,6 +435,8 @@ def timer(monkeypatch: pytest.MonkeyPatch, own_folders: None) -> type[Timer]:
     monkeypatch.setattr(Timer, "made", [])
     monkeypatch.setattr(Timer, "failure", None)
     monkeypatch.setattr(module, "StackTimer", Timer)
+    # The sweep may end late by a workload.
+    monkeypatch.setattr(module, "_STACK_LEAST", 0.01)
     return Timer
 
 
@@ -459,7 +461,7 @@ def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer
     outcome = calibrate(Request(CPU, mode="quick", budget=6.0), steps.append)
     assert time.monotonic() - start < 10.0
     (made,) = timer.made
-    assert 0.5 <= made.seconds < 0.61
+    assert 0.0 < made.seconds < 0.61
     assert made.profile is not None
     assert made.profile.costs == outcome.profile.costs
     assert made.profile.padding_free == ()
@@ -467,7 +469,7 @@ def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer
     doing = [step.doing for step in steps]
     assert doing[-3:] == ["fitting", "stacks", "saving"]
     assert [step.elapsed for step in steps] == sorted(step.elapsed for step in steps)
-    assert steps[-3].elapsed == pytest.approx(5.4, abs=0.3)
+    assert 5.4 <= steps[-3].elapsed < 6.0
     assert outcome.profile.padding_free[-1].when == StackWhen(device="cpu")
     assert "measured on" in outcome.profile.padding_free[0].because
     assert outcome.unmeasured is None
@@ -484,7 +486,10 @@ def test_fit_makes_the_same_rules_from_the_raw_samples(
     assert "padding_free" in capsys.readouterr().out
 
 
-def test_without_time_the_default_rules_hold(timer: type[Timer]) -> None:
+def test_without_time_the_default_rules_hold(
+    timer: type[Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STACK_LEAST", 0.5)
     outcome = quick(2.0)
     assert timer.made == []
     assert "no time of 2 s was left" in (outcome.unmeasured or "")
