@@ -673,10 +673,24 @@ MUTATIONS = (
         STACKS,
     ),
     Mutation(
+        "stacks: the default holds whatever was measured",
+        "stack_fit.py",
+        "if not lost:",
+        "if True:",
+        STACKS,
+    ),
+    Mutation(
         "stacks: any gain is enough",
         "stack_fit.py",
-        ">= 1 + MARGIN\n    lost",
-        ">= 1\n    lost",
+        "lost = points[[sample.speedup < 1 + MARGIN for",
+        "lost = points[[sample.speedup < 1 for",
+        STACKS,
+    ),
+    Mutation(
+        "stacks: what the rounds leave open does not count",
+        "stack_fit.py",
+        "(1 - sample.spread / math.sqrt(max(1, sample.rounds)))",
+        "1",
         STACKS,
     ),
     Mutation(

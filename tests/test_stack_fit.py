@@ -20,7 +20,7 @@ from smartattn import cli, grid, profile, samples, stack_measure
 from smartattn.calibrate import Outcome, Progress, Request, calibrate
 from smartattn.machine import Device, Versions
 from smartattn.samples import Header, StackSample
-from smartattn.stack_fit import MARGIN, fit_stack_rules
+from smartattn.stack_fit import MARGIN, fit_stack_rules, pays
 from smartattn.stack_measure import SHARES, Point, Stack, StackTimer, batch_of, build, search
 from smartattn.stack_rule import StackRule, StackWhen, stack_rule
 from smartattn.workload import Workload
@@ -187,6 +187,14 @@ def test_a_forward_that_waits_for_the_host_is_not_packed() -> None:
     assert packs(rules, 0.25, 0.9 * border * 0.95 / 0.25)
 
 
+DEFAULT = (
+    StackRule(when=StackWhen(device="cuda"), pack=True, because="of another device"),
+    StackRule(
+        when=StackWhen(device="cpu", min_padding_share=0.2, min_spared_work=1e7),
+        pack=True,
+        because="the default",
+    ),
+)
 SAMPLES = st.lists(
     st.builds(
         sample,
@@ -200,19 +208,19 @@ SAMPLES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(SAMPLES, st.tuples(*[st.floats(1.0, 10.0)] * 2))
+@given(SAMPLES, st.tuples(*[st.floats(1.0, 10.0)] * 2), st.sampled_from(((), DEFAULT)))
 def test_no_sample_is_packed_that_gained_too_little(
-    taken: list[StackSample], more: tuple[float, float]
+    taken: list[StackSample], more: tuple[float, float], default: tuple[StackRule, ...]
 ) -> None:
     """Whatever was measured; and with more padding or more work, what was packed still is."""
-    rules = fit_stack_rules(taken, HEADER)
+    rules = fit_stack_rules(taken, HEADER, default)
     for one in taken:
         packed = packs(rules, one.padding_share, one.work)
         assert not packed or one.speedup >= 1 + MARGIN
         if packed:
             share = min(1.0, one.padding_share * more[0])
             assert packs(rules, share, one.work * more[1])
-        elif one.speedup >= 1 + MARGIN:
+        elif pays(one):
             assert any(
                 other.speedup < 1 + MARGIN
                 and other.padding_share >= 0.9 * one.padding_share
@@ -246,6 +254,23 @@ def test_a_sample_speaks_for_others_almost_like_it() -> None:
     assert not fit_stack_rules([*gains, loses], HEADER)[0].pack
 
 
+def test_the_default_holds_beyond_what_was_measured() -> None:
+    """A run without time for large batches says nothing of them; what contradicts it counts."""
+    tiny = [sample(0.5, 22, 0.8), sample(0.5, 23, 0.9)]
+    untouched, never = fit_stack_rules(tiny, HEADER, DEFAULT)
+    assert untouched == DEFAULT[1]
+    assert not never.pack
+    loses = sample(0.5, 26, 1.0)
+    raised, never = fit_stack_rules([*tiny, loses], HEADER, DEFAULT)
+    assert raised.when.min_spared_work == 2 * loses.spared_work
+    assert raised.when.min_padding_share == 0.2
+    assert raised.because == "beyond what was measured, by the default: the default"
+    # What pays, but less surely than it should, neither makes a rule nor contradicts one.
+    doubtful = replace(loses, speedup=1.1, spread=0.5, rounds=4)
+    assert not pays(doubtful)
+    assert fit_stack_rules([*tiny, doubtful], HEADER, DEFAULT)[0] == DEFAULT[1]
+
+
 def test_the_sentences_say_what_was_measured() -> None:
     decoder = Stack("decoder", 512, "train")
     taken = [
@@ -268,8 +293,8 @@ def test_nowhere_and_unknown_are_told_apart() -> None:
     slow = [sample(0.5, power, 0.9) for power in (24, 25, 26, 27)]
     (never,) = fit_stack_rules(slow, HEADER)
     assert not never.pack
-    assert "nowhere 3% faster, 0.90 to 0.90 times as fast in 4 batches" in never.because
-    assert fit_stack_rules(slow[:3], HEADER) == ()
+    assert "nowhere 3% faster for certain, 0.90 to 0.90 times as fast in 4 batches" in never.because
+    assert fit_stack_rules(slow[:1], HEADER, DEFAULT) == ()
     fast = [replace(one, speedup=1.5) for one in slow]
     assert "were not timed" in fit_stack_rules(fast, HEADER)[1].because
 
@@ -399,10 +424,10 @@ class Timer:
     def run(self) -> None:
         self.profile = profile.profile_for(CPU)
         self.report("stacks")
-        self.samples += [sample(0.5, 24, 0.9), sample(0.5, 26, 1.5)]
+        self.samples.append(sample(0.5, 26, 1.5))
         if self.failure is not None:
             raise self.failure
-        self.samples += [sample(0.25, 26, 1.2), sample(0.25, 24, 0.8)]
+        self.samples += [sample(0.5, 24, 0.9), sample(0.25, 26, 1.2), sample(0.25, 24, 0.8)]
 
 
 @pytest.fixture
@@ -410,6 +435,8 @@ def timer(monkeypatch: pytest.MonkeyPatch, own_folders: None) -> type[Timer]:
     monkeypatch.setattr(Timer, "made", [])
     monkeypatch.setattr(Timer, "failure", None)
     monkeypatch.setattr(module, "StackTimer", Timer)
+    # The sweep may end late by a workload.
+    monkeypatch.setattr(module, "_STACK_LEAST", 0.01)
     return Timer
 
 
@@ -434,7 +461,7 @@ def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer
     outcome = calibrate(Request(CPU, mode="quick", budget=6.0), steps.append)
     assert time.monotonic() - start < 10.0
     (made,) = timer.made
-    assert 0.5 <= made.seconds < 0.61
+    assert 0.0 < made.seconds < 0.61
     assert made.profile is not None
     assert made.profile.costs == outcome.profile.costs
     assert made.profile.padding_free == ()
@@ -442,8 +469,9 @@ def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer
     doing = [step.doing for step in steps]
     assert doing[-3:] == ["fitting", "stacks", "saving"]
     assert [step.elapsed for step in steps] == sorted(step.elapsed for step in steps)
-    assert steps[-3].elapsed == pytest.approx(5.4, abs=0.3)
-    assert [rule.pack for rule in outcome.profile.padding_free] == [True, False]
+    assert 5.4 <= steps[-3].elapsed < 6.0
+    assert outcome.profile.padding_free[-1].when == StackWhen(device="cpu")
+    assert "measured on" in outcome.profile.padding_free[0].because
     assert outcome.unmeasured is None
     assert profile.load(outcome.path) == outcome.profile
 
@@ -458,7 +486,10 @@ def test_fit_makes_the_same_rules_from_the_raw_samples(
     assert "padding_free" in capsys.readouterr().out
 
 
-def test_without_time_the_default_rules_hold(timer: type[Timer]) -> None:
+def test_without_time_the_default_rules_hold(
+    timer: type[Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STACK_LEAST", 0.5)
     outcome = quick(2.0)
     assert timer.made == []
     assert "no time of 2 s was left" in (outcome.unmeasured or "")
@@ -481,11 +512,11 @@ def test_ctrl_c_keeps_the_stacks_for_the_next_run(timer: type[Timer]) -> None:
     with pytest.raises(KeyboardInterrupt):
         quick(6.0)
     (raw,) = (profile.user_profiles().parent / "samples").glob("*.safetensors")
-    assert len(samples.load_stacks(raw)) == 2
+    assert len(samples.load_stacks(raw)) == 1
     assert not samples.load(raw)[0].complete
     timer.failure = None
     outcome = quick(12.0)
-    assert len(samples.load_stacks(raw)) == 6
+    assert len(samples.load_stacks(raw)) == 5
     assert outcome.resumed > 0
     assert samples.load(raw)[0].complete
 

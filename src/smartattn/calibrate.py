@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 from . import grid, profile, samples
 from .backends import BACKENDS, Backend
 from .fit import fit_profile
-from .grid import FEWEST, RunMode
+from .grid import RunMode
 from .health import Watch
 from .machine import Device, identify, versions
 from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError, StackSample
-from .stack_fit import fit_stack_rules
+from .stack_fit import FEWEST, fit_stack_rules
 from .stack_measure import StackTimer
 from .surroundings import Surroundings, measure_surroundings
 from .timing import cache_flush
@@ -347,7 +347,11 @@ class _Sweep:
         assert made.run is not None
         made = made.model_copy(
             update={
-                "padding_free": fit_stack_rules(self.stacks, self._header(self.seconds, True)),
+                "padding_free": fit_stack_rules(
+                    self.stacks,
+                    self._header(self.seconds, complete=True),
+                    profile.default_stack_rules(),
+                ),
                 "run": made.run.model_copy(update={"seconds": round(self.seconds, 1)}),
             }
         )

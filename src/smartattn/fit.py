@@ -24,7 +24,7 @@ from .cost import (
 )
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, relative_fit
-from .profile import Profile, Rule, Run
+from .profile import Profile, Rule, Run, default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
 from .thresholds import thresholds
@@ -387,7 +387,7 @@ def fit_profile(
         ),
         surroundings=header.surroundings,
         rules=tuple(kept),
-        padding_free=fit_stack_rules(stacks, header),
+        padding_free=fit_stack_rules(stacks, header, default_stack_rules()),
         thresholds=tuple(thresholds(costs, device)),
         costs=tuple(costs),
     )

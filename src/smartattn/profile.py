@@ -318,7 +318,8 @@ def default_rules() -> tuple[Rule, ...]:
 
 
 @functools.cache
-def _default_stack_rules() -> tuple[StackRule, ...]:
+def default_stack_rules() -> tuple[StackRule, ...]:
+    """The rules of the built-in default for padding-free models; none if it cannot be read."""
     try:
         return load(shipped_profiles() / "default.json").padding_free
     except ProfileError:
@@ -327,7 +328,7 @@ def _default_stack_rules() -> tuple[StackRule, ...]:
 
 def stack_rules(profile: Profile) -> tuple[StackRule, ...]:
     """When a padding-free model leaves the padding out: a profile's own rules or the default's."""
-    return profile.padding_free or _default_stack_rules()
+    return profile.padding_free or default_stack_rules()
 
 
 def find(device: Device | None, given: StrPath | None = None) -> Found:

@@ -8,29 +8,43 @@ from typing import Literal
 
 import numpy as np
 
-from .grid import FEWEST
 from .least_squares import FloatArray
 from .samples import Header, StackSample
-from .stack_rule import StackRule, StackWhen
+from .stack_rule import MAX_WORK, StackRule, StackWhen
 
 #: How much faster packing has to be before it counts as paying: what a rule promises must hold for
 #: other models too, and of plain "smart" nothing may be lost.
 MARGIN = 0.03
+#: Fewest samples that rules are made from.
+FEWEST = 2
 #: A sample speaks against packing others that have up to so much more padding and work: lengths
 #: are drawn, so that two samples of one share of padding differ a little.
 _ALIKE = 0.9
 #: Bounds on padding that differ by less become one, within the room that ``_ALIKE`` makes.
 _SAME = 0.95
+#: How far beyond the samples that contradict it a rule of the default begins to hold.
+_BEYOND = 2.0
 
 
-def fit_stack_rules(samples: Sequence[StackSample], header: Header) -> tuple[StackRule, ...]:
+def pays(sample: StackSample) -> bool:
+    """Whether packing was faster by ``MARGIN``, beyond what the rounds leave open."""
+    return sample.speedup * (1 - sample.spread / math.sqrt(max(1, sample.rounds))) >= 1 + MARGIN
+
+
+def fit_stack_rules(
+    samples: Sequence[StackSample], header: Header, default: Sequence[StackRule] = ()
+) -> tuple[StackRule, ...]:
     """When packing pays on a device, and that it does not otherwise; nothing from few samples.
 
-    A batch is packed that has at least the padding and the work of a sample where packing was
-    faster by ``MARGIN``, unless with as much of both or more there was one where it was not. With
-    more of either nothing is skipped that was packed with less. Work is that of the padded batch:
-    it says whether a forward waits for the host, which packing only adds to, and with the share of
-    padding what there is to gain.
+    A batch is packed that has at least the padding and the work of a sample that pays, unless with
+    as much of both or more there was one where packing was not faster by ``MARGIN``. With more of
+    either nothing is skipped that was packed with less. Work is that of the padded batch: it says
+    whether a forward waits for the host, which packing only adds to, and with the share of padding
+    what there is to gain.
+
+    Args:
+        default: rules that hold where nothing was measured; each begins beyond the samples that
+            contradict it.
     """
     if len(samples) < FEWEST:
         return ()
@@ -45,21 +59,43 @@ def fit_stack_rules(samples: Sequence[StackSample], header: Header) -> tuple[Sta
         because = f"{measured}: from there on {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
         covered |= inside
+    beyond = [
+        _beyond(rule, samples, kind)
+        for rule in default
+        if rule.pack and rule.when.device in (None, kind)
+    ]
     because = f"{measured}: smaller batches and less padding were not timed"
     if not covered.all():
-        where = "less padding or work:" if rules else f"nowhere {MARGIN:.0%} faster,"
+        where = "less padding or work:" if rules else f"nowhere {MARGIN:.0%} faster for certain,"
         because = f"{measured}: {where} {_times(speedups[~covered])} ({described})"
-    rules.append(StackRule(when=StackWhen(device=kind), pack=False, because=because))
-    return tuple(rules)
+    never = StackRule(when=StackWhen(device=kind), pack=False, because=because)
+    return (*rules, *beyond, never)
+
+
+def _beyond(
+    rule: StackRule, samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]
+) -> StackRule:
+    """A rule of the default, as far as no sample contradicts it."""
+    lost = [
+        sample.spared_work
+        for sample in samples
+        if sample.speedup < 1 + MARGIN
+        and rule.when.holds(kind, sample.padding_share, sample.spared_work)
+    ]
+    if not lost:
+        return rule
+    least = min(MAX_WORK, _BEYOND * max(lost))
+    because = f"beyond what was measured, by the default: {rule.because}"[:2000]
+    when = rule.when.model_copy(update={"min_spared_work": least})
+    return rule.model_copy(update={"when": when, "because": because})
 
 
 def _bounds(samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]) -> list[StackWhen]:
     """The least padding and work that are packed: more padding first, and with it less work."""
     points = np.array([(sample.padding_share, sample.work) for sample in samples])
-    pays = np.array([sample.speedup for sample in samples]) >= 1 + MARGIN
-    lost = points[~pays]
+    lost = points[[sample.speedup < 1 + MARGIN for sample in samples]]
     least: list[tuple[float, float]] = []
-    for share, work in sorted(map(tuple, points[pays])):
+    for share, work in sorted(map(tuple, points[[pays(sample) for sample in samples]])):
         if (lost >= _ALIKE * np.array((share, work))).all(axis=1).any():
             continue
         # The one before it has less padding, and may have less work as well.

@@ -24,7 +24,7 @@ from .integration import NAME
 from .measure import free_memory, lacks_memory, release
 from .padding_free import padding_free
 from .samples import StackSample
-from .stack_fit import MARGIN
+from .stack_fit import MARGIN, pays
 from .timing import relative_spread, synchronize
 from .workload import Workload, as_padded
 
@@ -261,7 +261,7 @@ class StackTimer:
         if sample is None:
             return None
         self.samples.append(sample)
-        return sample.speedup >= 1 + MARGIN
+        return pays(sample)
 
     def _fits(self, workload: Workload, stack: Stack) -> bool:
         """Whether a batch is worth beginning with what memory and time are left."""
