@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 import smartattn
 
-from .models import versions
+from .common import versions
 
 # isort: split
 # In the folder of examples, which real_models makes importable.

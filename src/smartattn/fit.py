@@ -23,7 +23,7 @@ from .cost import (
     regime_of,
 )
 from .grid import FEWEST
-from .least_squares import FloatArray, log_errors, relative_fit
+from .least_squares import FloatArray, log_errors, outlier_weights, relative_fit
 from .profile import Profile, Rule, Run, default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
@@ -40,10 +40,9 @@ _BUILDING_US = 5_000.0
 _WORST_MISS = 1.5
 
 
-#: Fewest samples of a group that its models are bent by, and how many samples without any error
-#: the terms are held back by.
-_BENDING_SAMPLES = 24
-_STIFFNESS = 4.0
+#: Fewest samples of a group that its models are bent by, rounds in which outliers lose weight, and
+#: how many samples of one half width each term is held back by.
+_BENDING_SAMPLES, _BENDING_ROUNDS, _STIFFNESS = 24, 5, 4.0
 
 
 def _columns(*names: str) -> FloatArray:
@@ -114,6 +113,9 @@ _ALLOCATED = _columns(
     "repeated_keys",
     "repeated_real_keys",
 )
+#: Backends that run the same kernels in training, forward and backward: the samples of each say
+#: something of the other.
+_KIN = frozenset({"flash_attention_2", "torch_varlen"})
 #: Coefficients that grow with head_dim.
 _SCALES = 1.0 - _columns("call", "groups", "gathers", "sequences", "mask_pairs")
 
@@ -158,6 +160,7 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
         rates[key] = min(rates.get(key, np.inf), group.rate())
     for group in groups:
         group.best_rate = rates[group.regime.mode, group.regime.dtype]
+        group.kin = [other for other in groups if other is not group and group.is_kin_of(other)]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
     for group in groups:
@@ -210,6 +213,13 @@ class _Group:
         self.device_us = np.array([sample.device_us for sample in self.samples])
         #: The lowest time per unit of ``_NEEDED`` of any backend in this mode and dtype.
         self.best_rate = 0.0
+        #: Groups of the same kernels.
+        self.kin: list[_Group] = []
+
+    def is_kin_of(self, other: _Group) -> bool:
+        """Whether both run the same kernels."""
+        same = self.regime == other.regime and self.regime.mode == "train"
+        return same and {self.backend, other.backend} <= _KIN
 
     def rate(self) -> float:
         """The lowest time per unit of the work that nobody can avoid."""
@@ -247,7 +257,9 @@ class _Group:
         if len(self.samples) < FEWEST:
             return []
         least = self._least(columns)
-        pooled = relative_fit(self.amounts * columns, self.device_us, least=least)
+        amounts = np.concatenate([self.amounts, *[other.amounts for other in self.kin]])
+        device_us = np.concatenate([self.device_us, *[other.device_us for other in self.kin]])
+        pooled = relative_fit(amounts * columns, device_us, least=least)
         # The host runs the same code whatever the head_dim.
         launches = self._fitted(_LAUNCHES, [s.host_us for s in self.samples] if host else [])
         prepare = self._fitted(_PREPARED, [s.prepare_us for s in self.samples])
@@ -279,7 +291,10 @@ class _Group:
         left = np.clip(left, -np.log(BEND_LIMIT), np.log(BEND_LIMIT))
         terms = np.concatenate([table.terms for table in self.tables])
         held = np.diag([0.0, *[_STIFFNESS] * (BEND_TERMS - 1)])
-        bend: FloatArray = np.linalg.lstsq(terms.T @ terms + held, terms.T @ left, rcond=None)[0]
+        bend: FloatArray = np.zeros(BEND_TERMS)
+        for _ in range(_BENDING_ROUNDS):
+            weighted = terms * outlier_weights(np.abs(left - terms @ bend))[:, None]
+            bend = np.linalg.solve(weighted.T @ terms + held, weighted.T @ left)
         return bend
 
     def _fitted(self, columns: FloatArray, values: list[float]) -> FloatArray:

@@ -88,10 +88,15 @@ def relative_fit(
         )
         predicted = np.clip(amounts @ coefficients, times / _CREDIBLE, times * _CREDIBLE)
         errors = log_errors(amounts @ coefficients, times)
-        limit = max(_OUTLIER * float(np.median(errors)), _EXACT)
-        weights = np.sqrt(np.minimum(1.0, limit / np.maximum(errors, 1e-12)))
-        weights = weights / np.sqrt(predicted * times)
+        weights = np.sqrt(outlier_weights(errors)) / np.sqrt(predicted * times)
     return coefficients
+
+
+def outlier_weights(errors: FloatArray) -> FloatArray:
+    """What samples count with such errors (absolute, in the logarithm), 1 unless they stand out."""
+    limit = max(_OUTLIER * float(np.median(errors)), _EXACT)
+    weights: FloatArray = np.minimum(1.0, limit / np.maximum(errors, 1e-12))
+    return weights
 
 
 def log_errors(predicted: FloatArray, measured: FloatArray) -> FloatArray:
