@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,14 @@ def test_figures_in_the_readme_are_those_of_the_reports() -> None:
     lines = table.strip().splitlines()[2:]
     assert len(lines) >= 8
     assert set(lines) <= measured
+    ratios = [
+        one["median_ms"]["smart"] / min(one["median_ms"][name] for name in names[:2])
+        for one in models
+    ]
+    said = re.search(r"Over all (\d+) workloads .{,60}takes ([\d.]+) times", README, re.DOTALL)
+    assert said is not None
+    assert said.groups() == (str(len(ratios)), f"{statistics.geometric_mean(ratios):.2f}")
+    assert f"at worst {max(ratios):.2f} times" in README
     found = (reports / "gpu.md").read_text()
     smart, sdpa = re.search(
         r"smart ([\d.]+) us, Transformers' `sdpa_attention_forward` ([\d.]+) us", found
