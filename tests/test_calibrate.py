@@ -363,9 +363,9 @@ def test_what_builds_kernels_for_each_shape_is_left_out_of_every_second_workload
             patience.learn(first)
         if seed >= 4:
             every = (_Builds(), _Takes(), SDPA)
-            found[seed % 2] += [
-                s.backend for s in measure(0, workload, CPU, every, {}, 0.001, patience)
-            ]
+            rows = measure(0, workload, CPU, every, {}, 0.001, patience)
+            found[seed % 2] += [row.backend for row in rows]
+            assert {row.prepare_us > 0 for row in rows} == {seed == 6}
     assert found[0] == ["builds", "takes", "sdpa"] * 2
     assert found[1] == ["takes", "sdpa"] * 2
     # With one other there would be nothing left to compare, and judging needs all of them.

@@ -343,3 +343,24 @@ def test_the_command_takes_a_hidden_size(capsys: pytest.CaptureFixture[str]) -> 
         assert f"padding_free {says}" in capsys.readouterr().out
     assert cli.run([*arguments, "--hidden", str(1 << 30)]) == 2
     assert "hidden is 1 to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seq_len", [128, 512, 2048, 8192])
+@pytest.mark.parametrize("causal", [True, False])
+def test_options_come_best_first(seq_len: int, causal: bool) -> None:
+    sizes = {**SIZES, "batch": 8, "seq_len": seq_len, "padding": 0.4, "causal": causal}
+    answer = explain(**sizes, device="nvidia-h200")
+    slower = [o.predicted_us for o in answer.options if o.status == "slower"]
+    assert len(slower) >= 3
+    assert slower == sorted(slower)
+
+
+def test_the_order_of_options_is_not_that_of_the_backends() -> None:
+    """Or the test above would say nothing."""
+    orders = {
+        tuple(o.backend for o in explain(
+            **SIZES, batch=8, seq_len=length, padding=0.4, causal=True, device="nvidia-h200"
+        ).options if o.predicted_us is not None)
+        for length in (128, 512, 2048, 8192)
+    }  # fmt: skip
+    assert len(orders) > 1

@@ -596,3 +596,12 @@ def test_impossible_stacks_are_refused(
     with pytest.raises(samples.SamplesError, match=says) as caught:
         samples.parse_stacks(save(columns, metadata))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("gain", "packed"), [(0.5 * MARGIN, False), (3 * MARGIN, True)])
+def test_a_larger_batch_that_gains_next_to_nothing_speaks_against_a_smaller_one(
+    gain: float, packed: bool
+) -> None:
+    small, large = sample(0.4, 24, 1.3), sample(0.6, 26, 1 + gain)
+    rules = fit_stack_rules([small, large], HEADER)
+    assert packs(rules, small.padding_share, small.work) is packed

@@ -14,7 +14,7 @@ from .cost import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "3"
+VERSION = "4"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.
@@ -158,7 +158,7 @@ def _drawn(family: Family, limits: Limits, rng: np.random.Generator) -> Workload
     if side == "packed":
         kv_len, batch = min(kv_len * batch, limits.max_tokens), 1
         sequences = between(2, max(2, min(256, kv_len // 16)))
-    group = int(rng.choice([1, 1, 4, 8]))
+    group = int(rng.choice([1, 1, 1, 4, 4, 8, 8, 16, 64]))
     heads = max(group, int(rng.choice([4, 8, 12, 16, 32])) // group * group)
     workload = Workload(
         mode=family.mode,

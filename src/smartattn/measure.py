@@ -51,6 +51,7 @@ class Patience:
     seconds: float
     #: Leave a backend that builds kernels for each shape out of every second workload that others
     #: can be compared on: it takes many times as long as they do, and half as much tells enough.
+    #: Likewise preparation is timed on every third workload alone.
     thrifty: bool = False
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -65,6 +66,10 @@ class Patience:
         seconds = [seconds for _, seconds in self._seen[backend]]
         builds = len(seconds) >= _FEWEST_FIRST_RUNS and float(np.median(seconds)) > _BUILDS
         return self.thrifty and builds and workload.seed % 2 == 1
+
+    def times_preparation(self, workload: Workload) -> bool:
+        """Whether what is made once per forward is timed on a workload."""
+        return not self.thrifty or workload.seed % 3 == 0
 
     def lasts(self, backend: str, workload: Workload) -> bool:
         """Whether the first run of a backend will end in time, as far as is known."""
@@ -144,7 +149,7 @@ def measure(
     for name in functions:
         timing = timings.get(name)
         prepare_us = 0.0
-        if timing is not None:
+        if timing is not None and (patience is None or patience.times_preparation(workload)):
             prepare_us = _prepare_us(named[name], workload, device, tensors)
         found[name] = (
             replace(found[name], status="memory")
