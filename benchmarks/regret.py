@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -171,6 +171,51 @@ def table(judged: dict[str, list[Judged]]) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How two profiles of one device choose on the same calls."""
+
+    calls: int
+    #: Share of the calls for which both choose the same backend.
+    same: float
+    #: Share for which they choose the same, or one of the two is at most 5 % slower.
+    close: float
+    #: Mean of the slower one's time / the faster one's - 1 where they choose differently.
+    mean_loss: float
+
+    @staticmethod
+    def of(one: list[Judged], other: list[Judged]) -> Agreement:
+        """The agreement of two judgements of the same calls."""
+        losses = []
+        for a, b in zip(one, other, strict=True):
+            if a.chosen != b.chosen:
+                times = sorted((a.us[a.chosen], a.us[b.chosen]))
+                losses.append(times[1] / times[0] - 1)
+        count = len(one)
+        return Agreement(
+            count,
+            1 - len(losses) / count,
+            1 - sum(loss > 0.05 for loss in losses) / count,
+            sum(losses) / len(losses) if losses else 0.0,
+        )
+
+
+def agreements(
+    taken: list[Sample], made: Profile, other: Profile, device: torch.device
+) -> dict[str, Agreement]:
+    """Of calls on their own, and in the layers that the first profile knows."""
+    found = {}
+    for name, layer, others in (
+        ("alone", None, None),
+        ("in a layer", made.surroundings, other.surroundings),
+    ):
+        if name == "alone" or layer is not None:
+            first = evaluate.judge(taken, evaluate.by_profile(made, layer), device, layer)
+            second = evaluate.judge(taken, evaluate.by_profile(other, others), device, layer)
+            found[name] = Agreement.of(first, second)
+    return found
+
+
 def show(rows: list[dict[str, Any]], judged: list[Judged], made: Profile, kind: str) -> None:
     """Prints the table and the worst calls."""
     print(f"{'policy':<38}{'mode':<10}{'calls':>6}{'mean':>8}{'p95':>8}{'worst':>8}")
@@ -203,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--keep", type=Path, help="where to write raw timings (safetensors)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--against", type=Path, help="another profile, to compare the choices with")
     parser.add_argument("--folds", type=int, default=0, help="with --samples: cross-validate")
     given = parser.parse_args(arguments)
     if given.samples is not None:
@@ -240,6 +286,14 @@ def main(arguments: list[str] | None = None) -> int:
     slow = sum(sample.status == "slow" for sample in taken)
     print(f"{slow} runs left out: their first time alone would have taken over {FIRST_RUN} s")
     show(rows, judged["profile"], made, header.device.kind)
+    compared: dict[str, Agreement] = {}
+    if given.against is not None:
+        compared = agreements(taken, made, profile.load(given.against), device)
+        print(f"\nChoices of {given.against.name} beside those of this profile")
+        for where, agreed in compared.items():
+            alike = f"{agreed.same:.1%} the same, {agreed.close:.1%} the same or within 5%"
+            loss = f"{agreed.mean_loss:.1%} lost on average where they differ"
+            print(f"{where:<12}{agreed.calls:>5} calls: {alike}; {loss}")
     if given.json is not None:
         figures = {
             "device": header.device.model_dump(exclude_none=True),
@@ -249,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
             "seconds": round(header.seconds, 1),
             "profile": source,
             "regret": rows,
+            "agreement": {where: asdict(agreed) for where, agreed in compared.items()},
         }
         given.json.write_text(json.dumps(figures, indent=1) + os.linesep)
     return 0

@@ -79,3 +79,44 @@ def test_another_profile_is_judged_without_the_device(
 def test_a_device_that_cannot_be_used() -> None:
     with pytest.raises(SystemExit, match="cannot be used"):
         regret.measured(torch.device("meta"), 1, 1.0, 0, print)
+
+
+def test_two_profiles_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = profile.shipped_profiles() / "nvidia-h200.json"
+    made = profile.load(own)
+    # One that expects FlashAttention-2 to be four times as fast as it is.
+    costs = [
+        one.model_copy(update={"device_us": {k: v / 4 for k, v in one.device_us.items()}})
+        if one.backend == "flash_attention_2"
+        else one
+        for one in made.costs
+    ]
+    other = tmp_path / "other.json"
+    profile.save(made.model_copy(update={"costs": tuple(costs)}), other)
+    found = []
+    for against in (own, other):
+        figures = tmp_path / "figures.json"
+        paths = {"samples": SHIPPED, "profile": own, "against": against, "json": figures}
+        regret.main([word for name, path in paths.items() for word in (f"--{name}", str(path))])
+        found.append(json.loads(figures.read_text())["agreement"])
+    same, unlike = found
+    assert same.keys() == {"alone", "in a layer"}
+    assert all(
+        one["same"] == one["close"] == 1.0 and one["mean_loss"] == 0 for one in same.values()
+    )
+    assert all(one["same"] < 0.9 and one["mean_loss"] > 0.05 for one in unlike.values())
+    assert all(one["same"] <= one["close"] <= 1.0 for one in unlike.values())
+    assert "100.0% the same" in capsys.readouterr().out
+
+
+def test_agreement_is_counted() -> None:
+    workload = next(iter(regret.calls(1, grid.limits("cuda", "default", 10**11), "bfloat16")))
+    us = {"sdpa": 100.0, "torch_varlen": 104.0, "flash_attention_2": 150.0}
+    chosen = [("sdpa", "sdpa"), ("sdpa", "torch_varlen"), ("flash_attention_2", "sdpa")] * 2
+    one = [regret.Judged(workload, first, us) for first, _ in chosen]
+    other = [regret.Judged(workload, second, us) for _, second in chosen]
+    found = regret.Agreement.of(one, other)
+    assert (found.calls, found.same, found.close) == (6, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found.mean_loss == pytest.approx((0.04 + 0.5) / 2)
