@@ -380,7 +380,7 @@ def row(result: Result) -> tuple[str, ...]:
 
 def table(results: list[Result]) -> str:
     """Markdown, one row per workload."""
-    header = ("workload", "sdpa ms", "FA2 ms", "smart ms", "smart / better", "chosen")
+    header = ("workload", "sdpa ms", "FA2 ms", "smart ms", "smart / better", "first chosen")
     text = common.markdown(header, map(row, results))
     shares = [share for result in results if (share := ratio(result)) is not None]
     if shares:

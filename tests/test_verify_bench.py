@@ -193,6 +193,15 @@ def made(**seconds: list[float]) -> bench.Benchmark:
         (made(sdpa=[1.0] * 3, smart=[1.01] * 3), "no difference"),
         # Within the spread of the rounds.
         (made(sdpa=[1.0, 1.4, 1.8], smart=[1.2, 1.3, 1.4]), "no difference"),
+        # What pays is named first, whatever smart alone does.
+        (
+            made(**{"sdpa": [1.0] * 3, "smart": [1.0] * 3, bench.PADDING_FREE: [0.5] * 3}),
+            "smart with padding_free pays here: 2.00 times as fast as sdpa",
+        ),
+        (
+            made(**{"sdpa": [1.0] * 3, "smart": [2.0] * 3, bench.PADDING_FREE: [1.5] * 3}),
+            "does not pay",
+        ),
         (made(smart=[1.0]), "only smart ran"),
         (made(**{"smart": [1.0], bench.PADDING_FREE: [0.5]}), "only smart ran"),
         (made(sdpa=[1.0]), "did not run"),

@@ -101,6 +101,14 @@ class Benchmark:
             return "only smart ran"
         noise = max(EQUAL, smart.spread / 2, best.spread / 2)
         name = best.implementation
+        free = self._row(PADDING_FREE)
+        if free is not None and free.median and smart.median and best.median:
+            gain = best.median / free.median
+            if gain > 1 + noise and free.median < smart.median * (1 - noise):
+                return (
+                    f"smart with padding_free pays here: {gain:.2f} times as fast as {name}, the "
+                    f"best of the others; smart alone is {speedup:.2f} times as fast"
+                )
         if speedup < 1 - noise:
             return (
                 f"smart does not pay here: it takes {1 / speedup:.2f} times as long as {name}; "
@@ -109,7 +117,7 @@ class Benchmark:
         if speedup <= 1 + noise:
             return (
                 f"smart makes no difference here: {speedup:.2f} times as fast as {name}, "
-                f"within the spread of {noise:.0%}"
+                f"within half the spread of the rounds or {EQUAL:.0%} ({noise:.0%})"
             )
         return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
 
