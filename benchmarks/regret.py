@@ -25,7 +25,7 @@ import torch
 
 from smartattn import evaluate, profile, samples
 from smartattn.backends import BACKENDS
-from smartattn.cost import Mode
+from smartattn.cost import Mode, Predictor
 from smartattn.evaluate import Judged, Policy, Regret
 from smartattn.grid import Limits, limits
 from smartattn.machine import Device, identify, versions
@@ -191,9 +191,9 @@ class Agreement:
             if a.chosen != b.chosen:
                 times = sorted((a.us[a.chosen], a.us[b.chosen]))
                 losses.append(times[1] / times[0] - 1)
-        count = len(one)
+        count = max(1, len(one))
         return Agreement(
-            count,
+            len(one),
             1 - len(losses) / count,
             1 - sum(loss > 0.05 for loss in losses) / count,
             sum(losses) / len(losses) if losses else 0.0,
@@ -225,12 +225,13 @@ def show(rows: list[dict[str, Any]], judged: list[Judged], made: Profile, kind: 
             f"{row['mean']:>8.3f}{row['p95']:>8.3f}{row['worst']:>8.2f}"
         )
     device = torch.device(kind)
-    print(f"\nThe {WORST} worst choices: microseconds measured (predicted)")
+    predictor = Predictor(made.costs)
+    print(f"\nThe {WORST} worst choices of calls on their own: microseconds measured (predicted)")
     for one in sorted(judged, key=lambda one: -one.regret)[:WORST]:
         plan, call = one.workload.plan(device), one.workload.call(device)
         print(f"{one.regret:.2f}  {one.workload}, {one.workload.memory}, {one.workload.spread}")
         for name, us in sorted(one.us.items(), key=lambda pair: pair[1]):
-            predicted = made.predict(name, plan, call)
+            predicted = predictor.predict(name, plan, call)
             guess = "no model" if predicted is None else f"{predicted:.0f}"
             print(f"      {name:<20}{us:>10.0f} ({guess}){' <- chosen' * (name == one.chosen)}")
 
@@ -275,6 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     if given.folds:
         source = f"{given.folds} folds of {given.samples}"
         judged["profile"] = evaluate.cross_validated(taken, made, device, given.folds)
+        if (layer := made.surroundings) is not None:
+            judged["profile, in a layer"] = evaluate.cross_validated(
+                taken, made, device, given.folds, surroundings=layer
+            )
     elif made.run is not None and given.samples and made.run.raw_samples == given.samples.name:
         source += ", made from these very timings: --folds 10 would be fair"
     if all(sample.backend != "flash_attention_2" for sample in taken):

@@ -23,6 +23,7 @@ from smartattn.backends import (
     Backend,
     base,
     eager,
+    flash,
     flash_attention_2,
     flash_attention_3,
     sdpa,
@@ -217,6 +218,12 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention_3, "has", lambda feature, device: True)
     monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: (_varlen_attn, {"enable_gqa"}, None))
     monkeypatch.setattr(torch_varlen, "_operator", lambda: _flash_attention_forward)
+
+
+@pytest.fixture(autouse=True)
+def padding_in_place_in_short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would not pay in training: the cases are small, and that way is to be tested."""
+    monkeypatch.setattr(flash, "BACKWARD_QUERIES", 1)
 
 
 ON_CPU: tuple[Backend, ...] = (

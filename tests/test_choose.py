@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smartattn.backends import BACKENDS, Backend, Support
 from smartattn.call import Call, Runner
-from smartattn.choose import LATENCY, Chooser, Objective, UnsupportedCallError, choose
+from smartattn.choose import LATENCY, Chooser, Objective, UnsupportedCallError, _kind, choose
 from smartattn.control import MEMORY_SLOWDOWN, SETTINGS, use
 from smartattn.cost import Estimate
 from smartattn.plan import Pattern, Plan
@@ -419,3 +419,11 @@ def test_the_memory_is_bounded() -> None:
     for heads in range(1, 40):
         chooser(_plan(), _call(heads=heads, kv_heads=heads), profile)
         assert len(chooser._known) <= 4
+
+
+def test_how_full_a_static_cache_is_makes_another_kind() -> None:
+    kinds = set()
+    for visible in (100, 32_000):
+        plan = Plan(8, 1, 32_768, Pattern.CAUSAL, CPU, shift=visible - 1)
+        kinds.add(_kind(plan, _call(batch=8, q_len=1, kv_len=32_768)))
+    assert len(kinds) == 2

@@ -165,8 +165,9 @@ def test_refusals_come_all_at_once() -> None:
         ({"real": None}, False, Route.DENSE),
         ({"side": "right"}, False, Route.DENSE),
         ({"side": "left"}, False, Route.KEY_BOUNDS),
-        ({"side": "left"}, True, Route.IN_PLACE),
-        ({"side": "left", "token_major_keys": False}, True, Route.PACKED),
+        ({"side": "left"}, True, Route.PACKED),
+        ({"side": "left", "width": 256}, True, Route.IN_PLACE),
+        ({"side": "left", "width": 256, "token_major_keys": False}, True, Route.PACKED),
         ({"side": "both", "token_major_keys": False}, False, Route.IN_PLACE),
         ({"side": "holes"}, True, Route.PACKED),
         ({"side": "right", "width": 512}, False, Route.IN_PLACE),
@@ -201,7 +202,8 @@ def test_refusals_come_all_at_once() -> None:
         ({"side": "both"}, False, Route.IN_PLACE),
         ({"side": "holes"}, False, Route.PACKED),
         ({"side": "right", "causal": False}, False, Route.IN_PLACE),
-        ({"side": "right", "causal": False}, True, Route.IN_PLACE),
+        ({"side": "right", "causal": False}, True, Route.PACKED),
+        ({"side": "right", "width": 256, "causal": False}, True, Route.IN_PLACE),
         ({"side": "both", "causal": False, "own": False}, False, Route.KEY_BOUNDS),
         ({"side": "both", "q_len": 1}, False, Route.KEY_BOUNDS),
         ({"side": "left", "q_len": 1, "window": 3}, False, Route.KEY_BOUNDS),
@@ -270,3 +272,16 @@ def test_padding_in_place_has_queries_without_keys_or_keys_without_queries(seed:
     assert found == runs
     assert layout.max_seqlen_q >= np.diff(q).max()
     assert layout.max_seqlen_k == np.diff(k).max()
+
+
+def test_the_empty_part_of_a_static_cache_is_not_copied() -> None:
+    real = np.arange(1024) < np.array([1024, 100, 100, 100])[:, None]
+    for kv_len, expected in ((1024, Route.IN_PLACE), (8192, Route.DENSE)):
+        keys = np.zeros((4, kv_len), dtype=bool)
+        keys[:, :1024] = real
+        plan = Plan(4, 1024, kv_len, Pattern.CAUSAL, CPU, real=keys)
+        call = Call(
+            CPU, torch.float32, 4, 1024, kv_len, 32, 8, 64, 64,
+            self_attention=True, token_major_keys=False,
+        )  # fmt: skip
+        assert route(plan, call, key_bounds=True, in_place=True) is expected

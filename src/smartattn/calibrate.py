@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from .backends import BACKENDS, Backend
 from .fit import fit_profile
 from .grid import RunMode
 from .health import Watch
-from .machine import Device, identify, versions
+from .machine import Device, identify, one_line, versions
 from .measure import Patience, free_memory, measure, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError, StackSample
@@ -26,6 +27,8 @@ from .stack_fit import FEWEST, fit_stack_rules
 from .stack_measure import StackTimer
 from .surroundings import Surroundings, measure_surroundings
 from .timing import cache_flush
+
+logger = logging.getLogger("smartattn")
 
 #: Seconds of measuring by device kind and mode. Start and fit come on top: they leave room for
 #: "quick" to be over within 60 s on two CPU cores and within 30 s on a GPU.
@@ -252,7 +255,11 @@ class _Sweep:
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
         warm_up(request.device, self.backends)
-        self.surroundings = measure_surroundings(request.device)
+        try:
+            self.surroundings = measure_surroundings(request.device)
+        except Exception as problem:
+            # A card that others have filled: calls then count on their own.
+            logger.warning("the rest of a layer was not measured: %s", one_line(str(problem)))
         patience = Patience(_PATIENCE[request.mode], thrifty=True)
         for sample in self.taken:
             patience.learn(sample)

@@ -229,7 +229,7 @@ class Chooser:
 
 def _kind(plan: Plan, call: Call) -> Hashable:
     """What a choice depends on, with sizes rounded to an eighth of an octave."""
-    sizes = [call.batch, call.q_len, call.kv_len]
+    sizes = [call.batch, call.q_len, call.kv_len, plan.visible]
     if plan.is_padded or plan.is_packed:
         sizes += (plan.real_q, plan.real_k, plan.attended_pairs(True))
     return (

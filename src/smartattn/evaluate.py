@@ -147,13 +147,19 @@ def by_mode(judged: Iterable[Judged]) -> dict[Mode, list[Judged]]:
 
 
 def cross_validated(
-    samples: Sequence[Sample], profile: Profile, device: torch.device, folds: int, seed: int = 0
+    samples: Sequence[Sample],
+    profile: Profile,
+    device: torch.device,
+    folds: int,
+    seed: int = 0,
+    surroundings: Surroundings | None = None,
 ) -> list[Judged]:
     """Every workload, under costs that are fitted to the others.
 
     Args:
         profile: whose rules hold where nothing is left to fit.
         folds: parts that the workloads are cut into; as many as workloads leaves one out each.
+        surroundings: see :func:`timings`.
     """
     workloads = list(dict.fromkeys(sample.workload for sample in samples))
     order = np.random.default_rng(seed).permutation(len(workloads))
@@ -163,5 +169,5 @@ def cross_validated(
         rest = [sample for sample in samples if part[sample.workload] != fold]
         out = [sample for sample in samples if part[sample.workload] == fold]
         fitted = profile.model_copy(update={"costs": tuple(fit_costs(rest, device))})
-        judged += judge(out, by_profile(fitted), device)
+        judged += judge(out, by_profile(fitted, surroundings), device, surroundings)
     return judged

@@ -237,7 +237,8 @@ def _choose(
         self_attention=is_self_attention(type(module))  # type: ignore[arg-type]
         and kwargs.get("encoder_hidden_states") is None,
         keep_padding_output=settings.pad_output == "sdpa",
-        token_major_keys=key.stride(1) < key.stride(2),
+        # One head lies either way.
+        token_major_keys=key.shape[1] == 1 or key.stride(1) < key.stride(2),
         has_eager=eager is not None,
         features=frozenset(wanted),
     )

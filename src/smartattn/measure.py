@@ -32,6 +32,8 @@ _LONG = 0.05
 #: are dared until then.
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
+#: Workloads of a kind whose preparation is timed whatever their seed.
+_PREPARED = 12
 #: Seconds of a first run above which kernels are built for the shape.
 _BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
@@ -51,9 +53,10 @@ class Patience:
     seconds: float
     #: Leave a backend that builds kernels for each shape out of every second workload that others
     #: can be compared on: it takes many times as long as they do, and half as much tells enough.
-    #: Likewise preparation is timed on every third workload alone.
+    #: Likewise preparation is timed on every third workload alone, once some of its kind are known.
     thrifty: bool = False
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    _prepared: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
 
     def learn(self, sample: Sample) -> None:
         """Takes note of a first run."""
@@ -68,8 +71,12 @@ class Patience:
         return self.thrifty and builds and workload.seed % 2 == 1
 
     def times_preparation(self, workload: Workload) -> bool:
-        """Whether what is made once per forward is timed on a workload."""
-        return not self.thrifty or workload.seed % 3 == 0
+        """Whether what is made once per forward is timed on a workload; asked once of each."""
+        kind = (workload.mode, workload.side, workload.dtype)
+        if self.thrifty and self._prepared[kind] >= _PREPARED and workload.seed % 3:
+            return False
+        self._prepared[kind] += 1
+        return True
 
     def lasts(self, backend: str, workload: Workload) -> bool:
         """Whether the first run of a backend will end in time, as far as is known."""
@@ -123,9 +130,13 @@ def measure(
         return []
     found: dict[str, Sample] = {}
     functions: dict[str, Callable[[], Result]] = {}
+    spared = {b.name for b in able if patience is not None and patience.spares(b.name, workload)}
+    if len(able) - len(spared) < 2:
+        spared = set()
+    prepared = patience is None or patience.times_preparation(workload)
     for backend in able:
         sample = Sample(index, workload, backend.name, "ok")
-        if patience is not None and len(able) > 2 and patience.spares(backend.name, workload):
+        if backend.name in spared:
             continue
         if (
             patience is not None
@@ -149,7 +160,7 @@ def measure(
     for name in functions:
         timing = timings.get(name)
         prepare_us = 0.0
-        if timing is not None and (patience is None or patience.times_preparation(workload)):
+        if timing is not None and prepared:
             prepare_us = _prepare_us(named[name], workload, device, tensors)
         found[name] = (
             replace(found[name], status="memory")

@@ -24,6 +24,8 @@ _WEIGHTS = 12
 _TRAINING_DEVICE, _TRAINING_HOST = 3.0, 2.0
 #: Layers of the two models whose difference is the host time of a layer.
 _FEW, _MANY = 4, 16
+#: Rows and columns of the weights that are multiplied by.
+_WIDTH = 8192
 _ROUNDS = 15
 
 Positive = Annotated[float, Field(gt=0.0, le=1e15)]
@@ -65,20 +67,20 @@ def measure_surroundings(device: torch.device) -> Surroundings | None:
     """Measures a device in about a second; None where host and device are the same."""
     if device.type != "cuda":
         return None
-    with torch.no_grad(), torch.cuda.device(device):
+    with (
+        torch.no_grad(),
+        torch.cuda.device(device),
+        torch.random.fork_rng(devices=[device]),
+    ):
         layers = _MANY - _FEW
         host_us = (_model_us(_MANY, device) - _model_us(_FEW, device)) / layers - _sdpa_us(device)
         many = _product_us(4096, device)
         one = _product_us(1, device)
-    width = _WIDTH
     return Surroundings(
         host_us=max(1.0, host_us),
-        flops_per_us=2.0 * 4096 * width * width / many,
-        bytes_per_us=2.0 * width * width / one,
+        flops_per_us=2.0 * 4096 * _WIDTH**2 / many,
+        bytes_per_us=2.0 * _WIDTH**2 / one,
     )
-
-
-_WIDTH = 8192
 
 
 def _model_us(layers: int, device: torch.device) -> float:
@@ -136,4 +138,5 @@ def _host_us(function: Any, device: torch.device) -> float:
         function()
         times.append((time.perf_counter() - start) * 1e6)
     torch.cuda.synchronize(device)
-    return median(times)
+    # As in ``timing``: other work on the cores only ever adds.
+    return min(times)

@@ -161,7 +161,7 @@ class Workload:
             scaling=self.head_dim**-0.5,
             grad=self.mode == "train",
             self_attention=self.q_len == self.kv_len,
-            token_major_keys=self.memory == "transposed",
+            token_major_keys=self.memory == "transposed" or self.kv_heads == 1,
         )
 
     def tensors(self, device: torch.device) -> Tensors:

@@ -32,6 +32,9 @@ class Route(enum.Enum):
 #: Right padding under a causal mask is skipped where it is this share of the tokens, in tensors of
 #: this many queries; below, the kernel for sequences has nothing to gain.
 _SPARED_SHARE, _SPARED_QUERIES = 0.1, 512
+#: Queries per row from which padding is left in place in training: a backward's workspace has room
+#: for another 128 tokens per sequence, and padding makes up to two more of each.
+BACKWARD_QUERIES = 256
 #: At this many keys, copying one key/value head takes as long as the attention of one query head:
 #: about four times the operations that a GPU does while it moves a byte.
 _COPIED_KEYS = 512
@@ -55,8 +58,10 @@ def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bo
     inference = not call.grad and not call.dropout
     if key_bounds and inference and bounds_suffice(plan, call):
         return Route.KEY_BOUNDS
-    # Otherwise keys as a cache concatenates them are copied, padding included, and gradients too.
-    return Route.IN_PLACE if in_place and (inference or call.token_major_keys) else fallback
+    if in_place and (inference or (call.token_major_keys and plan.q_len >= BACKWARD_QUERIES)):
+        return Route.IN_PLACE
+    # Keys as a cache concatenates them would be copied, padding included, and their gradients too.
+    return fallback
 
 
 def skipping_pays(plan: Plan, call: Call) -> bool:
@@ -65,7 +70,8 @@ def skipping_pays(plan: Plan, call: Call) -> bool:
         return False
     needed = _SPARED_SHARE
     if not call.token_major_keys:
-        if call.grad:
+        # The empty part of a static cache would be copied too.
+        if call.grad or plan.visible < plan.kv_len:
             return False
         needed += _COPIED_KEYS / plan.q_len * call.kv_heads / call.heads
     return plan.real_q <= (1 - needed) * plan.batch * plan.q_len

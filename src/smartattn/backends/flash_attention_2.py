@@ -137,7 +137,7 @@ def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
         "window_size": facts.window,
         "softcap": facts.softcap,
     }
-    how = route(plan, call, key_bounds=True, in_place=True)
+    how = route(plan, call, key_bounds=True, in_place=call.token_major_keys)
     if how is Route.KEY_BOUNDS:
         bounds = plan.key_bounds()
         options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
