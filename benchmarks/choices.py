@@ -22,7 +22,7 @@ import smartattn
 from smartattn.backends import BACKENDS
 
 from . import common
-from .common import FEWEST_ROUNDS, Budget, number, timed
+from .common import FEWEST_ROUNDS, number, timed
 from .models import Workload, build, task
 
 CHOSEN = "smart"
@@ -105,8 +105,7 @@ def measure(
         times[name] = []
         if name == CHOSEN:
             result.chosen = ", ".join(sorted({row.backend for row in trace.rows}))
-            waits = {word for row in trace.rows for word in ("host", "device") if
-                     f"waits for the {word}" in row.reason}  # fmt: skip
+            waits = {row.bottleneck for row in trace.rows if row.bottleneck}
             result.bottleneck = " and ".join(sorted(waits))
     end = min(end, time.perf_counter() + seconds)
     order, shuffle = list(times), random.Random(0)
@@ -175,28 +174,8 @@ def table(results: list[Result]) -> str:
 def main() -> None:
     """Runs the benchmark, prints its table and writes what was asked for."""
     arguments = common.parser(__doc__, rounds=9, seconds=2.0).parse_args()
-    budget = Budget(arguments.budget)
-    if arguments.from_json:
-        runs = common.load(arguments.from_json, Result)
-    else:
-        device = torch.device(arguments.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        grid = tiny_workloads() if arguments.tiny else workloads()
-        runs = [
-            common.measured(
-                common.selected(grid, arguments.only, arguments.skip),
-                lambda name: build(name, device, dtype),
-                lambda workload, model: measure(
-                    workload, model, device, arguments.rounds, arguments.seconds, budget.end
-                ),
-                lambda result: f"| {' | '.join(row(result))} |",
-                device=device,
-                budget=budget,
-                json_file=arguments.json,
-            )
-        ]
-    for run in runs:
-        print(f"\n{run.label}\n\n{table(run.results)}")
+    grid = tiny_workloads() if arguments.tiny else workloads()
+    runs = common.runs_of(arguments, Result, grid, build, measure, row, table)
     if arguments.page:
         parts = ["# Every backend under whole models", __doc__ or "", common.described(runs)]
         for run in runs:

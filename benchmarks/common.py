@@ -207,6 +207,48 @@ def measured(
     return run
 
 
+def runs_of(
+    arguments: argparse.Namespace,
+    kind: type[Any],
+    grid: Iterable[Any],
+    build: Callable[..., Any],
+    measure: Callable[..., Any],
+    row: Callable[[Any], Sequence[str]],
+    table: Callable[[list[Any]], str],
+) -> list[Run]:
+    """The runs that the command line asks for, measured or read, with their tables printed.
+
+    Args:
+        kind: the dataclass of a result.
+        build: a model by name, device and dtype.
+        measure: the result of (workload, model, device, rounds, seconds), which takes ``end``, of
+            ``time.perf_counter()``, as well.
+        row: the cells of a result.
+        table: all results of a run.
+    """
+    if arguments.from_json:
+        runs = load(arguments.from_json, kind)
+    else:
+        device = torch.device(arguments.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        budget = Budget(arguments.budget)
+        asked = (device, arguments.rounds, arguments.seconds)
+        runs = [
+            measured(
+                selected(grid, arguments.only, arguments.skip),
+                lambda name: build(name, device, dtype),
+                lambda workload, model: measure(workload, model, *asked, end=budget.end),
+                lambda result: f"| {' | '.join(row(result))} |",
+                device=device,
+                budget=budget,
+                json_file=arguments.json,
+            )
+        ]
+    for run in runs:
+        print(f"\n{run.label}\n\n{table(run.results)}")
+    return runs
+
+
 def save(path: Path, run: Run) -> None:
     """Writes a run as JSON."""
     document = {

@@ -17,7 +17,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 import smartattn
 
-from .common import versions
+from . import common
 
 # isort: split
 # In the folder of examples, which real_models makes importable.
@@ -207,24 +206,13 @@ def measure(
     for number in range(rounds):
         for name in order:
             with way(name, model):
-                _synchronize(device)
-                start = time.perf_counter()
-                runs[name]()
-                _synchronize(device)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(common.timed(runs[name], device)[0] / 1e3)
         order.append(order.pop(0))
         if number >= 2 and time.perf_counter() > end:
             break
     for name, values in times.items():
-        result.median_s[name] = statistics.median(values)
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 2 else [0.0, 0.0, 0.0]
-        result.spread_s[name] = quartiles[2] - quartiles[0]
+        result.median_s[name], result.spread_s[name] = common.middle(values)
     return result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def table(results: list[Result]) -> str:
@@ -282,7 +270,7 @@ def main(given: list[str] | None = None) -> int:
                 if arguments.json:
                     document = {
                         "versions": {
-                            **versions(device),
+                            **common.versions(device),
                             "sentence_transformers": _version("sentence-transformers"),
                         },
                         "results": [asdict(result) for result in results],

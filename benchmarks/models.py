@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 import smartattn
 
 from . import common
-from .common import FEWEST_ROUNDS, Budget, mean_of, number, timed
+from .common import FEWEST_ROUNDS, mean_of, number, timed
 
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "smart")
 #: Seconds that each implementation runs between its first call and the rounds, and calls at least.
@@ -396,28 +396,8 @@ def main() -> None:
     parser = common.parser(__doc__, rounds=9, seconds=2.0)
     parser.add_argument("--plot", type=Path, help="where to draw the speed-ups, PNG")
     arguments = parser.parse_args()
-    budget = Budget(arguments.budget)
-    if arguments.from_json:
-        runs = common.load(arguments.from_json, Result)
-    else:
-        device = torch.device(arguments.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        grid = tiny_workloads() if arguments.tiny else workloads()
-        runs = [
-            common.measured(
-                common.selected(grid, arguments.only, arguments.skip),
-                lambda name: build(name, device, dtype),
-                lambda workload, model: measure(
-                    workload, model, device, arguments.rounds, arguments.seconds, budget.end
-                ),
-                lambda result: f"| {' | '.join(row(result))} |",
-                device=device,
-                budget=budget,
-                json_file=arguments.json,
-            )
-        ]
-    for run in runs:
-        print(f"\n{run.label}\n\n{table(run.results)}")
+    grid = tiny_workloads() if arguments.tiny else workloads()
+    runs = common.runs_of(arguments, Result, grid, build, measure, row, table)
     # A picture that cannot be drawn must not cost the page.
     if arguments.page:
         models_page.write(arguments.page, runs, arguments.plot)

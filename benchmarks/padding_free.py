@@ -9,6 +9,7 @@ times with the device synchronised before and after; compare ratios within one r
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import torch
 import smartattn
 
 from . import common
-from .common import FEWEST_ROUNDS, Budget, Judged, Run, judged, number, timed
+from .common import FEWEST_ROUNDS, Judged, Run, judged, number, timed
 from .models import Workload, build, padded_batch
 
 PADDING_FREE = "smart + padding_free"
@@ -336,34 +337,16 @@ def main() -> None:
     parser = common.parser(__doc__, rounds=9, seconds=15.0)
     parser.add_argument("--always", action="store_true", help="pack even where it does not pay")
     arguments = parser.parse_args()
-    budget = Budget(arguments.budget)
-    if arguments.from_json:
-        runs = common.load(arguments.from_json, Result)
-    else:
-        device = torch.device(arguments.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        grid = tiny_workloads() if arguments.tiny else workloads()
-        runs = [
-            common.measured(
-                common.selected(grid, arguments.only, arguments.skip),
-                lambda name: build(name, device, dtype),
-                lambda workload, model: measure(
-                    workload,
-                    model,
-                    device,
-                    arguments.rounds,
-                    arguments.seconds,
-                    arguments.always,
-                    budget.end,
-                ),
-                lambda result: f"| {' | '.join(row(result))} |",
-                device=device,
-                budget=budget,
-                json_file=arguments.json,
-            )
-        ]
-    for run in runs:
-        print(f"\n{run.label}\n\n{table(run.results)}")
+    grid = tiny_workloads() if arguments.tiny else workloads()
+    runs = common.runs_of(
+        arguments,
+        Result,
+        grid,
+        build,
+        functools.partial(measure, always=arguments.always),
+        row,
+        table,
+    )
     if arguments.page:
         common.write(arguments.page, page(runs))
 

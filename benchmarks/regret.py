@@ -25,8 +25,9 @@ import torch
 
 from smartattn import evaluate, profile, samples
 from smartattn.backends import BACKENDS
-from smartattn.cost import Mode, Predictor
+from smartattn.cost import Predictor
 from smartattn.evaluate import Judged, Policy, Regret
+from smartattn.features import Mode
 from smartattn.grid import Limits, limits
 from smartattn.machine import Device, identify, versions
 from smartattn.measure import Patience, free_memory, measure, warm_up

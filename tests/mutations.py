@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "keys of a cache are copied in training",
         "backends/flash.py",
-        "inference or (call.token_major_keys and plan.q_len >= BACKWARD_QUERIES)",
-        "inference or plan.q_len >= BACKWARD_QUERIES",
+        "long = call.token_major_keys and plan.q_len >= BACKWARD_QUERIES",
+        "long = plan.q_len >= BACKWARD_QUERIES",
         PACKING,
     ),
     Mutation(

@@ -271,6 +271,7 @@ class VarlenReference(Backend):
             call,
             key_bounds=self.how is Route.KEY_BOUNDS,
             in_place=self.how is Route.IN_PLACE,
+            used_keys=not call.grad,
         )
         if how is Route.DENSE:
             return bind_dense(

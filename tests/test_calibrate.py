@@ -21,7 +21,7 @@ from smartattn.backends import BACKENDS, Backend, Support
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request, calibrate
 from smartattn.call import Call, Runner
 from smartattn.choose import choose
-from smartattn.cost import features, regime_of
+from smartattn.features import features, regime_of
 from smartattn.machine import identify
 from smartattn.measure import Patience, candidates, measure
 from smartattn.parallel import at_once, calibrate_all

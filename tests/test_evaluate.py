@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from smartattn import grid
-from smartattn.cost import LAYERS, features
+from smartattn.cost import LAYERS
 from smartattn.evaluate import Regret, always, by_mode, by_profile, cross_validated, judge, timings
+from smartattn.features import features
 from smartattn.fit import fit_costs
 from smartattn.profile import Profile, default_rules
 from smartattn.samples import Sample

@@ -313,6 +313,22 @@ def test_means_in_the_readme_are_those_of_the_reports() -> None:
         assert cells[1:] == [str(len(ratios)), *means, f"{ratios[worst]:.2f}, {worst}"]
 
 
+def test_what_the_readme_says_of_padding_free_is_in_the_report() -> None:
+    report = json.loads((ROOT / "docs/reports/h200/padding_free.json").read_text())["results"]
+    found = {}
+    for one in report:
+        ms = one["median_ms"]
+        better = min(ms["sdpa"], ms["flash_attention_2"])
+        found[one["workload"]] = better / ms["smart + padding_free"]
+    packed = [found[one["workload"]] for one in report if one["packed"]]
+    said = re.search(r"are ([\d.]+) to ([\d.]+) times as\s+fast as the better", README)
+    assert said is not None
+    assert said.groups() == (f"{min(packed):.1f}", f"{max(packed):.1f}")
+    (small,) = [one["median_ms"] for one in report if "8x128 pad" in one["workload"]]
+    cost = small["smart + padding_free"] / small["smart"] - 1
+    assert f"8 x 128 tokens {cost:.0%} on an" in README
+
+
 def test_files_named_in_the_documents_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
         text = (ROOT / document).read_text()

@@ -13,16 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartattn import grid
-from smartattn.cost import (
-    BEND_LIMIT,
-    BEND_TERMS,
-    FEATURES,
-    LAYERS,
-    Cost,
-    Predictor,
-    features,
-    regime_of,
-)
+from smartattn.cost import BEND_LIMIT, LAYERS, Cost, Predictor
+from smartattn.features import BEND_TERMS, FEATURES, features, regime_of
 from smartattn.fit import fit_costs, fit_profile
 from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions

@@ -240,7 +240,7 @@ def test_how_a_flash_kernel_reads_a_batch(
         token_major_keys=facts.get("token_major_keys", True),
     )  # fmt: skip
     assert varlen_refusals(plan, call) == []
-    assert route(plan, call, key_bounds=True, in_place=True) is expected
+    assert route(plan, call, key_bounds=True, in_place=True, used_keys=not grad) is expected
     assert route(plan, call, key_bounds=False, in_place=False) in (Route.DENSE, Route.PACKED)
 
 
@@ -274,6 +274,22 @@ def test_padding_in_place_has_queries_without_keys_or_keys_without_queries(seed:
     assert layout.max_seqlen_k == np.diff(k).max()
 
 
+@pytest.mark.parametrize(
+    ("token_major", "expected"), [(True, Route.IN_PLACE), (False, Route.PACKED)]
+)
+def test_without_the_number_of_used_keys_no_cache_is_copied(
+    token_major: bool, expected: Route
+) -> None:
+    real = np.arange(512)[::-1] < np.array([512, 100])[:, None]
+    plan = Plan(2, 512, 512, Pattern.CAUSAL, CPU, real=real)
+    call = Call(
+        CPU, torch.float32, 2, 512, 512, 4, 4, 8, 8,
+        self_attention=True, token_major_keys=token_major,
+    )  # fmt: skip
+    assert route(plan, call, key_bounds=False, in_place=True, dense=False) is expected
+    assert route(plan, call, key_bounds=False, in_place=True, used_keys=True) is Route.IN_PLACE
+
+
 def test_the_empty_part_of_a_static_cache_is_not_copied() -> None:
     real = np.arange(1024) < np.array([1024, 100, 100, 100])[:, None]
     for kv_len, expected in ((1024, Route.IN_PLACE), (8192, Route.DENSE)):
@@ -284,4 +300,4 @@ def test_the_empty_part_of_a_static_cache_is_not_copied() -> None:
             CPU, torch.float32, 4, 1024, kv_len, 32, 8, 64, 64,
             self_attention=True, token_major_keys=False,
         )  # fmt: skip
-        assert route(plan, call, key_bounds=True, in_place=True) is expected
+        assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected

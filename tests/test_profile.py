@@ -18,7 +18,8 @@ from smartattn import machine, profile
 from smartattn.backends import BACKENDS
 from smartattn.call import Call
 from smartattn.choose import choose
-from smartattn.cost import FEATURES, MAX_EXTRAPOLATION, features, regime_of
+from smartattn.cost import MAX_EXTRAPOLATION
+from smartattn.features import FEATURES, features, regime_of
 from smartattn.plan import Pattern, Plan
 from smartattn.profile import Profile, ProfileError, find, load, profile_for, save, set_profile
 

@@ -20,7 +20,7 @@ from .fit import fit_profile
 from .grid import RunMode
 from .health import Watch
 from .machine import Device, identify, one_line, versions
-from .measure import Patience, free_memory, measure, warm_up
+from .measure import Patience, free_memory, measure, release, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError, StackSample
 from .stack_fit import FEWEST, fit_stack_rules
@@ -255,11 +255,8 @@ class _Sweep:
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
         every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
         warm_up(request.device, self.backends)
-        try:
-            self.surroundings = measure_surroundings(request.device)
-        except Exception as problem:
-            # A card that others have filled: calls then count on their own.
-            logger.warning("the rest of a layer was not measured: %s", one_line(str(problem)))
+        if self.surroundings is None:
+            self.surroundings = self._surroundings()
         patience = Patience(_PATIENCE[request.mode], thrifty=True)
         for sample in self.taken:
             patience.learn(sample)
@@ -291,6 +288,17 @@ class _Sweep:
             self.seconds = time.monotonic() - start
             self._save(complete)
         self._tell("fitting")
+
+    def _surroundings(self) -> Surroundings | None:
+        """The rest of a layer; None where it cannot be measured, and calls count on their own."""
+        try:
+            return measure_surroundings(self.request.device)
+        except Exception as problem:
+            # Such as a card that others have filled.
+            logger.warning("the rest of a layer was not measured: %s", one_line(str(problem)))
+            return None
+        finally:
+            release(self.request.device)
 
     def fitted(self) -> Profile:
         """The profile without the rules for padding-free stacks.
@@ -331,15 +339,16 @@ class _Sweep:
 
         device = torch.empty(0, device=self.request.device).device
         timer = StackTimer(device, seconds, report, self.stacks)
-        problem, complete = None, False
+        problem, complete = None, True
         try:
             with profile.in_force(made, device):
                 timer.run()
-            complete = True
         except Exception as error:
             # Of a model or a kernel: backends are judged by their own samples.
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            complete = True
+        except KeyboardInterrupt:
+            complete = False
+            raise
         finally:
             self.seconds = before + time.monotonic() - start
             self._save(complete)
@@ -421,5 +430,5 @@ class _Sweep:
         unlike = {"date", "backends", "excluded", "complete", "complaints", "surroundings"}
         if header.model_dump(exclude=unlike) == wanted.model_dump(exclude=unlike):
             self.taken, self.excluded = taken, dict(header.excluded)
-            self.stacks = stacks
+            self.stacks, self.surroundings = stacks, header.surroundings
             self.resumed, self.seconds = len(taken), header.seconds

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cost import Mode, Predictor
+from .cost import Predictor
+from .features import Mode
 from .profile import Profile
 from .workload import Side, Workload
 

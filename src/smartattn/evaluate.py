@@ -12,7 +12,7 @@ import torch
 from .backends import BACKENDS, Backend, Support
 from .call import Call, Runner
 from .choose import choose
-from .cost import Mode
+from .features import Mode
 from .fit import fit_costs
 from .plan import Plan
 from .profile import Profile

@@ -17,7 +17,7 @@ from .backends import BACKENDS
 from .call import Call
 from .choose import LATENCY, Decision, Goal, UnsupportedCallError, choose
 from .control import PadOutput, Settings, checked, settings_for
-from .cost import Mode
+from .features import Mode
 from .machine import versions
 from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan

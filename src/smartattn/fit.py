@@ -10,18 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from .cost import (
-    BEND_LIMIT,
-    BEND_TERMS,
-    FEATURES,
-    Cost,
-    Layout,
-    Mode,
-    Regime,
-    bend_terms,
-    features,
-    regime_of,
-)
+from .cost import BEND_LIMIT, Cost
+from .features import BEND_TERMS, FEATURES, Layout, Mode, Regime, bend_terms, features, regime_of
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, outlier_weights, relative_fit
 from .profile import Profile, Rule, Run, default_stack_rules
@@ -182,7 +172,7 @@ class _Table:
     regime: Regime
     samples: tuple[Sample, ...]
     amounts: FloatArray
-    #: (samples, terms), see :func:`~smartattn.cost.bend_terms`.
+    #: (samples, terms), see :func:`~smartattn.features.bend_terms`.
     terms: FloatArray
 
     @staticmethod

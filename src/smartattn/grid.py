@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .cost import Mode, features
+from .features import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.

@@ -14,7 +14,7 @@ import torch
 
 from .backends import Backend
 from .call import Call
-from .cost import FEATURES, features
+from .features import FEATURES, features
 from .least_squares import relative_fit
 from .plan import Plan
 from .reference import Expected, error_of, expected
@@ -216,7 +216,9 @@ def candidates(
 def free_memory(device: torch.device) -> int:
     """Free memory in bytes; a guess where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps for tensors to come counts as used by the driver.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

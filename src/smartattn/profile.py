@@ -17,7 +17,8 @@ from filelock import FileLock
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from .call import Call
-from .cost import BackendName, Cost, Estimate, Layout, Mode, Predictor
+from .cost import BackendName, Cost, Estimate, Predictor
+from .features import Layout, Mode
 from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
 from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions

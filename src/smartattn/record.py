@@ -30,6 +30,8 @@ class TraceRow:
     refused: dict[str, tuple[str, ...]]
     #: Of one call, by backend; empty where the profile holds no measurement.
     predicted_us: dict[str, float]
+    #: What the rest of the layer waits for, "host" or "device", if the profile tells.
+    bottleneck: str | None = None
     #: What was to be small, e.g. "latency" or "memory within 1.5 times the fastest".
     objective: str = "latency"
     calls: int = 0
@@ -154,6 +156,7 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
             for v in decision.verdicts
             if v.predicted_us is not None
         },
+        bottleneck=decision.verdict.bottleneck,
         objective=str(decision.objective),
     )
 

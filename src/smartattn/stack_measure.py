@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .control import trace
-from .cost import Mode
+from .features import Mode
 from .integration import NAME
 from .measure import free_memory, lacks_memory, release
 from .padding_free import padding_free
@@ -244,6 +244,10 @@ class StackTimer:
         if workload is None:
             # Below every size that models run.
             return False
+        for known in self.samples:
+            # Of a run that was cut short.
+            if known.workload == workload:
+                return pays(known)
         if not self._fits(workload, stack):
             return None
         self.report(f"{stack}, {workload.batch} x {workload.kv_len}, {share:.0%} padding")
@@ -256,9 +260,10 @@ class StackTimer:
         except Exception as problem:
             if not lacks_memory(problem):
                 raise
-            release(self.device)
-            return None
+            sample = None
         if sample is None:
+            # Only now: the traceback of an error holds the tensors of the forward that failed.
+            release(self.device)
             return None
         self.samples.append(sample)
         return pays(sample)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from .cost import Cost, Layout, Predictor, Regime
+from .cost import Cost, Predictor
+from .features import Layout, Regime
 from .profile import Threshold, Winner
 from .workload import Side, Workload
 

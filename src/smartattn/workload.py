@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .call import Call
-from .cost import Mode
+from .features import Mode
 from .layouts import IntArray
 from .plan import BoolArray, Pattern, Plan
 

@@ -32,20 +32,29 @@ class Route(enum.Enum):
 #: Right padding under a causal mask is skipped where it is this share of the tokens, in tensors of
 #: this many queries; below, the kernel for sequences has nothing to gain.
 _SPARED_SHARE, _SPARED_QUERIES = 0.1, 512
-#: Queries per row from which padding is left in place in training: a backward's workspace has room
-#: for another 128 tokens per sequence, and padding makes up to two more of each.
+#: Queries per row from which padding is left in place by kernels with a backward: its workspace has
+#: room for another 128 tokens per sequence, and padding makes up to two more of each.
 BACKWARD_QUERIES = 256
 #: At this many keys, copying one key/value head takes as long as the attention of one query head:
 #: about four times the operations that a GPU does while it moves a byte.
 _COPIED_KEYS = 512
 
 
-def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bool = True) -> Route:
+def route(
+    plan: Plan,
+    call: Call,
+    *,
+    key_bounds: bool,
+    in_place: bool,
+    used_keys: bool = False,
+    dense: bool = True,
+) -> Route:
     """The cheapest exact way to read a batch that :func:`packing.varlen_refusals` lets through.
 
     Args:
         key_bounds, in_place, dense: whether the kernel has these ways, the first of which has no
             backward.
+        used_keys: whether it takes the number of keys in use, which none with a backward does.
     """
     fallback = Route.PACKED
     if dense and runs_dense(plan, call):
@@ -55,13 +64,11 @@ def route(plan: Plan, call: Call, *, key_bounds: bool, in_place: bool, dense: bo
     sequences = plan.sequences
     if plan.is_packed or sequences is None or not sequences.contiguous:
         return fallback
-    inference = not call.grad and not call.dropout
-    if key_bounds and inference and bounds_suffice(plan, call):
+    if key_bounds and not call.grad and not call.dropout and bounds_suffice(plan, call):
         return Route.KEY_BOUNDS
-    if in_place and (inference or (call.token_major_keys and plan.q_len >= BACKWARD_QUERIES)):
-        return Route.IN_PLACE
-    # Keys as a cache concatenates them would be copied, padding included, and their gradients too.
-    return fallback
+    # Otherwise keys as a cache concatenates them are copied, padding included, and gradients too.
+    long = call.token_major_keys and plan.q_len >= BACKWARD_QUERIES
+    return Route.IN_PLACE if in_place and (used_keys or long) else fallback
 
 
 def skipping_pays(plan: Plan, call: Call) -> bool:

@@ -137,7 +137,7 @@ def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
         "window_size": facts.window,
         "softcap": facts.softcap,
     }
-    how = route(plan, call, key_bounds=True, in_place=call.token_major_keys)
+    how = route(plan, call, key_bounds=True, in_place=True)
     if how is Route.KEY_BOUNDS:
         bounds = plan.key_bounds()
         options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
@@ -170,7 +170,7 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
     """Through the compiled functions, for a forward alone."""
     facts = Facts.of(plan, call)
     scale, causal, (left, right), softcap = facts.scale, facts.causal, facts.window, facts.softcap
-    how = route(plan, call, key_bounds=True, in_place=True)
+    how = route(plan, call, key_bounds=True, in_place=True, used_keys=True)
     if how is Route.KEY_BOUNDS:
         fwd_kvcache, bounds = extension.fwd_kvcache, plan.key_bounds()
         start, end = bounds.start, bounds.end

@@ -16,10 +16,10 @@ from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
     DenseKernel,
+    Facts,
     Route,
     bind_dense,
     bind_varlen,
-    flash_window,
     on_rocm,
     route,
     unit_stride,
@@ -105,16 +105,21 @@ class TorchVarlenBackend(Backend):
     def bind(self, plan: Plan, call: Call) -> Runner:
         operator = None if call.grad else _operator()
         thin = operator is not None
-        how = route(plan, call, key_bounds=False, in_place=True, dense=thin)
+        how = route(plan, call, key_bounds=False, in_place=True, used_keys=thin, dense=thin)
+        facts = Facts.of(plan, call)
         if how is Route.DENSE:
-            return bind_dense(_dense(operator, plan, call), plan, call)
-        kernel = _varlen(operator, plan, call) if thin else _public(plan, call)
+            return bind_dense(_dense(operator, facts), plan, call)
+        kernel = _varlen(operator, facts) if thin else _public(facts, call)
         return bind_varlen(kernel, how, plan, call, used_keys=thin)
 
 
-def _dense(operator: Any, plan: Plan, call: Call) -> DenseKernel:
-    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
-    options = {"scale": call.scaling, "window_size_left": left, "window_size_right": right}
+def _options(facts: Facts) -> dict[str, Any]:
+    left, right = facts.window
+    return {"scale": facts.scale, "window_size_left": left, "window_size_right": right}
+
+
+def _dense(operator: Any, facts: Facts) -> DenseKernel:
+    causal, options = facts.causal, _options(facts)
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = operator(
@@ -135,9 +140,8 @@ def _dense(operator: Any, plan: Plan, call: Call) -> DenseKernel:
     return kernel
 
 
-def _varlen(operator: Any, plan: Plan, call: Call) -> VarlenKernel:
-    causal, (left, right) = plan.is_causal and call.q_len > 1, flash_window(plan)
-    options = {"scale": call.scaling, "window_size_left": left, "window_size_right": right}
+def _varlen(operator: Any, facts: Facts) -> VarlenKernel:
+    causal, options = facts.causal, _options(facts)
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -161,14 +165,12 @@ def _varlen(operator: Any, plan: Plan, call: Call) -> VarlenKernel:
     return kernel
 
 
-def _public(plan: Plan, call: Call) -> VarlenKernel:
+def _public(facts: Facts, call: Call) -> VarlenKernel:
     function, parameters, _ = _varlen_attn()
     # torch 2.11 takes grouped heads as they come; later versions want to be told.
     grouped = call.group_size > 1 and "enable_gqa" in parameters
     options = {"enable_gqa": True} if grouped else {}
-    window = flash_window(plan)
-    if plan.is_causal and call.q_len > 1:
-        window = (window[0], 0)
+    window = (facts.window[0], 0) if facts.causal else facts.window
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -181,7 +183,7 @@ def _public(plan: Plan, call: Call) -> VarlenKernel:
             layout.cu_seqlens_k,
             layout.max_seqlen_q,
             layout.max_seqlen_k,
-            scale=call.scaling,
+            scale=facts.scale,
             window_size=window,
             **options,
         )
