@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..packing import VarlenKernel, varlen_refusals
@@ -114,13 +115,16 @@ class FlashAttention3Backend(Backend):
         return reasons
 
     def bind(self, plan: Plan, call: Call) -> Runner:
-        # It loads whole tiles and multiplies what lies behind the last key by zero, which NaN
-        # survives: nothing but the end of the tensor may lie there.
-        how = route(plan, call, key_bounds=plan.padding is Padding.LEFT, in_place=False)
+        # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
+        # survives: nothing but the end of the tensor may lie there, or it is cleared first.
+        key_bounds = plan.padding is Padding.LEFT
+        in_place = tails.unavailable(call.device) is None
+        how = route(plan, call, key_bounds=key_bounds, in_place=in_place, used_keys=True)
         if how in (Route.DENSE, Route.KEY_BOUNDS):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)
-        return bind_varlen(_varlen(plan, call), how, plan, call)
+        kernel = _varlen(plan, call, clear=how is Route.IN_PLACE)
+        return bind_varlen(kernel, how, plan, call, used_keys=True)
 
 
 def _options(plan: Plan, call: Call) -> dict[str, Any]:
@@ -141,12 +145,15 @@ def _dense(plan: Plan, call: Call, bounded: bool) -> DenseKernel:
     return kernel
 
 
-def _varlen(plan: Plan, call: Call) -> VarlenKernel:
+def _varlen(plan: Plan, call: Call, clear: bool) -> VarlenKernel:
     operator, options = _operator()[0], _options(plan, call)
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
     ) -> torch.Tensor:
+        v = unit_stride(v)
+        if clear:
+            tails.clear_tails(v, layout)
         return _call(
             operator,
             (q, k, v),

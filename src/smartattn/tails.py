@@ -1,0 +1,68 @@
+"""Keeps NaN that lies behind the last key of a sequence from kernels that load whole tiles.
+
+Such a kernel multiplies what it loads of the padding by zero, and zero times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .layouts import VarlenLayout
+
+#: Keys that one tile of any build of a kernel holds at most.
+_LONGEST_TILE = 256
+#: What one program of the Triton kernel looks at: tokens, and elements of each.
+_TOKENS, _ELEMENTS = 8, 1024
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why tails cannot be cleared on a device, None if they can.
+
+    Triton comes with torch's CUDA builds, and needs a C compiler on the machine.
+    """
+    if device.type != "cuda":
+        return "tails are cleared by a Triton kernel, on GPUs alone"
+    try:
+        # No result is read back: layers ask, and they never wait for the device.
+        bounds = torch.zeros(4, dtype=torch.int32, device=device)
+        _clear(torch.zeros(2, 1, 8, dtype=torch.bfloat16, device=device), bounds, 1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
+        return f"no Triton kernel can be built: {type(error).__name__}"
+    return None
+
+
+def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
+    """Replaces NaN and infinity by zero where padding follows a sequence, within a tile of it.
+
+    Values are written only where some are not finite, which nothing but padding ever is there.
+
+    Args:
+        values: (total_k, kv_heads, head_dim), the last dimension dense.
+        layout: one of :func:`~smartattn.layouts.in_place_layout` with ``used_k``: gap, sequence,
+            gap, ..., gap.
+    """
+    _clear(values, layout.cu_seqlens_k, (layout.cu_seqlens_k.shape[0] - 2) // 2)
+
+
+def _clear(values: torch.Tensor, bounds: torch.Tensor, sequences: int) -> None:
+    # Not every machine has Triton, and its import takes a while.
+    from .triton_kernels import clear_kernel
+
+    _, heads, dim = values.shape
+    grid = (sequences, _LONGEST_TILE // _TOKENS, -(-heads * dim // _ELEMENTS))
+    with torch.cuda.device(values.device):
+        clear_kernel[grid](
+            values,
+            bounds,
+            values.stride(0),
+            values.stride(1),
+            heads * dim,
+            dim,
+            TOKENS=_TOKENS,
+            ELEMENTS=_ELEMENTS,
+        )

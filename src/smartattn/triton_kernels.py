@@ -1,0 +1,37 @@
+"""Kernels in Triton; importing this module needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def clear_kernel(
+    values: Any,
+    bounds: Any,
+    token_stride: Any,
+    head_stride: Any,
+    width: Any,
+    dim: Any,
+    TOKENS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+) -> None:
+    """See :func:`smartattn.tails.clear_tails`; programs are (sequence, tokens, elements)."""
+    place = tl.program_id(0) * 2 + 2
+    end = tl.load(bounds + place)
+    following = tl.load(bounds + place + 1)
+    first = end + tl.program_id(1) * TOKENS
+    if first < following:
+        token = first + tl.arange(0, TOKENS)
+        element = tl.program_id(2) * ELEMENTS + tl.arange(0, ELEMENTS)
+        offset = (element // dim) * head_stride + element % dim
+        pointer = values + token.to(tl.int64)[:, None] * token_stride + offset[None, :]
+        inside = (token < following)[:, None] & (element < width)[None, :]
+        found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+        # Infinity less itself is not a number, and that is unequal to everything.
+        bad = (found - found) != 0.0
+        if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
+            tl.store(pointer, 0.0, mask=inside & bad)
