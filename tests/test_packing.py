@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from smartattn.backends.flash import Route, route
 from smartattn.call import Call
 from smartattn.layouts import VarlenLayout
-from smartattn.packing import bind_packed, gather, packs_queries, scatter, varlen_refusals
+from smartattn.packing import (
+    _flattened,
+    _viewed,
+    bind_packed,
+    gather,
+    packs_queries,
+    scatter,
+    varlen_refusals,
+)
 from smartattn.plan import Pattern, Plan
 
 CPU = torch.device("cpu")
@@ -301,3 +309,17 @@ def test_the_empty_part_of_a_static_cache_is_not_copied() -> None:
             self_attention=True, token_major_keys=False,
         )  # fmt: skip
         assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (1, 2, 5, 4), (3, 2, 1, 4), (1, 1, 1, 4)])
+def test_tokens_in_a_row_are_a_view_wherever_they_can_be(
+    layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    batch, heads, length, dim = shape
+    states = _states(layout, batch, heads, length, dim)
+    expected = _flattened(states)
+    row = _viewed(states)
+    assert torch.equal(row, expected)
+    shares = expected.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
+    assert (row.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()) >= shares

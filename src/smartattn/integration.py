@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -37,6 +37,7 @@ from .mask import PlanMask
 from .masking import additive, smart_mask
 from .plan import Pattern, Plan
 from .profile import profile_for
+from .record import Trace
 
 logger = logging.getLogger("smartattn")
 
@@ -64,6 +65,13 @@ class _Choice:
     call: Call
     run: Runner
     eager: Callable[..., Any] | None
+    trace: Trace | None
+
+
+#: What a choice depends on beside the plan and arguments that are not plain; see ``_choice``.
+_Signature: TypeAlias = tuple[Any, ...]
+#: Arguments under which the signature says all.
+_PLAIN_ARGUMENTS = NEUTRAL_ARGUMENTS - {"cu_seq_lens_q", "deterministic", "output_attentions"}
 
 
 def smart_attention(
@@ -96,66 +104,94 @@ def smart_attention(
         return _compiled_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
-    if kwargs.get("output_attentions") or kwargs.get("cache") is not None:
-        # Transformers' own warning, and its own handling of paged caches.
-        output, weights = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            _as_sdpa_mask(attention_mask),
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-        return output, weights
-    plan = _plan_of(query, key, attention_mask, is_causal)
-    if kwargs.get("cu_seq_lens_q") is not None:
-        plan = packed_by_arguments(plan, kwargs)
-    if "indices" in kwargs or "block_indices" in kwargs:
-        plan = narrowed(module, query, key, plan, kwargs)
-    # Those in force when the forward began: checkpointed layers run again long after it.
-    settings = plan.settings or settings_for(getattr(module, "config", None))
-    features: tuple[str, ...] = ()
-    if kwargs.keys() - NEUTRAL_ARGUMENTS:
-        features = features_of(kwargs)
     signature = (
         module.__class__,
         query.shape,
         key.shape,
-        value.shape[-1],
+        value.shape,
         query.dtype,
         key.dtype,
+        query.device,
         dropout,
         scaling,
-        features,
-        kwargs.get("softcap") if features else None,
         _needs_grad(query, key, value, dropout),
-        torch.are_deterministic_algorithms_enabled() or bool(kwargs.get("deterministic")),
-        settings,
+        torch.are_deterministic_algorithms_enabled(),
     )
-    while True:
+    # All layers but a forward's first ones end their search here: launch-bound models feel each
+    # microsecond of it.
+    plan = attention_mask.plan if type(attention_mask) is PlanMask else None
+    choice = None
+    if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
-        if choice is None:
-            if len(plan.decisions) >= _MAX_CHOICES:
-                # The plan of a None mask outlives its forward, and with it what callers have set.
-                plan.decisions.clear()
-            choice = plan.decisions[signature] = _choose(
-                module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+    if choice is None:
+        if kwargs.get("output_attentions") or kwargs.get("cache") is not None:
+            # Transformers' own warning, and its own handling of paged caches.
+            output, weights = sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                _as_sdpa_mask(attention_mask),
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                **kwargs,
             )
+            return output, weights
+        plan = _plan_of(query, key, attention_mask, is_causal)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            plan = packed_by_arguments(plan, kwargs)
+        if "indices" in kwargs or "block_indices" in kwargs:
+            plan = narrowed(module, query, key, plan, kwargs)
+        choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
+    assert plan is not None
+    while True:
         kwargs["module"] = module
         if choice.eager is not None:
             kwargs["eager"] = choice.eager
-        if settings.trace is not None:
-            settings.trace.record(plan, choice.call, choice.decision)
+        if choice.trace is not None:
+            choice.trace.record(plan, choice.call, choice.decision)
         try:
             return choice.run(query, key, value, kwargs), None
         except Exception as error:
             if not faults.may_repeat(error, choice.decision.backend, plan, choice.call):
                 faults.annotate(error, choice.decision, plan, choice.call)
                 raise
-            plan.decisions.pop(signature, None)
+            plan.decisions.clear()
+            choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
+
+
+def _choice(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan,
+    signature: _Signature,
+    dropout: float,
+    scaling: float | None,
+    kwargs: Mapping[str, Any],
+) -> _Choice:
+    """The choice for a layer: the one that an earlier layer like it got, or a new one."""
+    # Those in force when the forward began: checkpointed layers run again long after it.
+    settings = plan.settings or settings_for(getattr(module, "config", None))
+    features: tuple[str, ...] = ()
+    if kwargs.keys() - NEUTRAL_ARGUMENTS:
+        features = features_of(kwargs)
+    deterministic = bool(kwargs.get("deterministic"))
+    place: Hashable = signature
+    if plan.settings is None or features or deterministic:
+        softcap = kwargs.get("softcap") if features else None
+        place = (signature, features, softcap, deterministic, settings)
+    choice: _Choice | None = plan.decisions.get(place)
+    if choice is None:
+        if len(plan.decisions) >= _MAX_CHOICES:
+            # The plan of a None mask outlives its forward, and with it what callers have set.
+            plan.decisions.clear()
+        choice = plan.decisions[place] = _choose(
+            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+        )
+    return choice
 
 
 def _plan_of(
@@ -260,7 +296,8 @@ def _choose(
         return _choose(
             module, query, key, value, plan, dropout, scaling, features, kwargs, settings
         )
-    return _Choice(decision, call, run, eager if decision.backend.name == "eager" else None)
+    eager = eager if decision.backend.name == "eager" else None
+    return _Choice(decision, call, run, eager, settings.trace)
 
 
 def _needs_grad(

@@ -106,19 +106,36 @@ def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call, used_keys: bool 
     """
     layout = plan.in_place(packs_queries(plan, call), used_keys)
     shape = (call.batch, call.q_len, call.heads, call.value_head_dim)
+    in_a_row = _flattened if call.grad else _viewed
 
     def run(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
     ) -> torch.Tensor:
         output = kernel(
-            query.transpose(1, 2).flatten(0, 1),
-            key.transpose(1, 2).flatten(0, 1),
-            value.transpose(1, 2).flatten(0, 1),
+            in_a_row(query),
+            in_a_row(key),
+            in_a_row(value),
             layout,
         )
         return output.view(shape)
 
     return run
+
+
+def _flattened(states: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, dim) as (batch * length, heads, dim)."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _viewed(states: torch.Tensor) -> torch.Tensor:
+    """The same where there is no gradient: by one operation, which the host feels."""
+    batch, heads, length, dim = states.shape
+    batch_stride, head_stride, token_stride, stride = states.stride()
+    if length == 1:
+        token_stride = batch_stride
+    elif batch > 1 and batch_stride != length * token_stride:
+        return _flattened(states)
+    return states.as_strided((batch * length, heads, dim), (token_stride, head_stride, stride))
 
 
 def varlen_refusals(plan: Plan, call: Call) -> list[str]:
