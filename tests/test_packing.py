@@ -178,15 +178,18 @@ def test_refusals_come_all_at_once() -> None:
         ({"side": "left", "width": 256, "token_major_keys": False}, True, Route.PACKED),
         ({"side": "both", "token_major_keys": False}, False, Route.IN_PLACE),
         ({"side": "holes"}, True, Route.PACKED),
-        ({"side": "right", "width": 512}, False, Route.IN_PLACE),
-        ({"side": "right", "width": 512}, True, Route.IN_PLACE),
+        # Of the two rows one is padded: 192 tokens on average take 384 there.
+        ({"side": "right", "width": 512, "padding": 384}, False, Route.IN_PLACE),
+        ({"side": "right", "width": 512, "padding": 384}, True, Route.IN_PLACE),
+        ({"side": "right", "width": 512, "padding": 383}, False, Route.DENSE),
+        ({"side": "right", "width": 4096, "padding": 383}, True, Route.DENSE),
         ({"side": "right", "width": 512, "token_major_keys": False}, False, Route.DENSE),
         (
             {
                 "side": "right",
-                "width": 512,
+                "width": 1024,
                 "token_major_keys": False,
-                "padding": 400,
+                "padding": 640,
                 "kv_heads": 1,
             },
             False,
@@ -195,9 +198,9 @@ def test_refusals_come_all_at_once() -> None:
         (
             {
                 "side": "right",
-                "width": 512,
+                "width": 1024,
                 "token_major_keys": False,
-                "padding": 400,
+                "padding": 640,
                 "kv_heads": 1,
             },
             True,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def clear_kernel(
-    values: Any,
-    bounds: Any,
-    token_stride: Any,
-    head_stride: Any,
-    width: Any,
-    dim: Any,
+def clear_kernel(  # type: ignore[no-untyped-def]
+    values,
+    bounds,
+    token_stride,
+    head_stride,
+    width,
+    dim,
     TOKENS: tl.constexpr,
     ELEMENTS: tl.constexpr,
-) -> None:
+):
     """See :func:`smartattn.tails.clear_tails`; programs are (sequence, tokens, elements)."""
     place = tl.program_id(0) * 2 + 2
     end = tl.load(bounds + place)

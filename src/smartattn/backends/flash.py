@@ -29,9 +29,9 @@ class Route(enum.Enum):
     PACKED = "packed"
 
 
-#: Right padding under a causal mask is skipped where it is this share of the tokens, in tensors of
-#: this many queries; below, the kernel for sequences has nothing to gain.
-_SPARED_SHARE, _SPARED_QUERIES = 0.1, 512
+#: Right padding under a causal mask is skipped where rows have this many tokens of it on average:
+#: about what the last tile of a sequence, which is partly empty, costs a kernel for sequences.
+_SPARED_TOKENS = 192
 #: Queries per row from which padding is left in place by kernels with a backward: its workspace has
 #: room for another 128 tokens per sequence, and padding makes up to two more of each.
 BACKWARD_QUERIES = 256
@@ -73,15 +73,15 @@ def route(
 
 def skipping_pays(plan: Plan, call: Call) -> bool:
     """Whether a kernel for sequences beats the dense one, which computes the padding as well."""
-    if not plan.is_padded or plan.q_len < _SPARED_QUERIES:
+    if not plan.is_padded:
         return False
-    needed = _SPARED_SHARE
+    needed: float = _SPARED_TOKENS
     if not call.token_major_keys:
         # The empty part of a static cache would be copied too.
         if call.grad or plan.visible < plan.kv_len:
             return False
-        needed += _COPIED_KEYS / plan.q_len * call.kv_heads / call.heads
-    return plan.real_q <= (1 - needed) * plan.batch * plan.q_len
+        needed += _COPIED_KEYS * call.kv_heads / call.heads
+    return plan.batch * plan.q_len - plan.real_q >= needed * plan.batch
 
 
 def runs_dense(plan: Plan, call: Call) -> bool:
