@@ -172,3 +172,15 @@ def test_profiles_that_are_passed_over_are_named(
     assert cli.run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "broken.json cannot be used: not valid JSON" in out
+
+
+def test_what_slows_a_backend_down_is_told() -> None:
+    class Hampered(SdpaBackend):
+        name = "hampered"
+
+        def handicap(self, device: torch.device) -> str | None:
+            return f"no shortcut on {device}"
+
+    report = doctor.examine((SdpaBackend(), Hampered())).devices[-1]
+    assert "hampered: no shortcut on cpu" in report.remarks
+    assert not any(remark.startswith("sdpa:") for remark in report.remarks)

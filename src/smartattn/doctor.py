@@ -124,6 +124,7 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
     if identity is not None and found.profile.versions is not None:
         differences = found.profile.versions.differences(versions(identity.kind))
         remarks += [f"measured with {phrase}: smartattn calibrate" for phrase in differences]
+    remarks += [f"{b.name}: {why}" for b in backends if (why := b.handicap(device)) is not None]
     memory = None
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30

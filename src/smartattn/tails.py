@@ -10,6 +10,7 @@ import functools
 import torch
 
 from .layouts import VarlenLayout
+from .machine import one_line
 
 #: Keys that one tile of any build of a kernel holds at most.
 _LONGEST_TILE = 256
@@ -32,7 +33,7 @@ def unavailable(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
-        return f"no Triton kernel can be built: {type(error).__name__}"
+        return f"no Triton kernel can be built: {one_line(f'{type(error).__name__}: {error}')}"
     return None
 
 

@@ -96,6 +96,10 @@ class Backend(ABC):
         """A shell command that would end what :meth:`unavailable` says, None if there is none."""
         return None
 
+    def handicap(self, device: torch.device) -> str | None:
+        """What makes this backend slower on a device than it could be, None if nothing does."""
+        return None
+
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         """All reasons why this call cannot be run exactly; empty if it can."""
         reason = self.unavailable()

@@ -103,6 +103,11 @@ class FlashAttention3Backend(Backend):
     def remedy(self) -> str | None:
         return None if self.unavailable() is None else "pip install fa3-fwd"
 
+    def handicap(self, device: torch.device) -> str | None:
+        if self.unavailable() is not None or (reason := tails.unavailable(device)) is None:
+            return None
+        return f"padded batches are gathered, since {reason}"
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):
