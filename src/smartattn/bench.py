@@ -15,6 +15,7 @@ from .control import trace
 from .models import (
     IMPLEMENTATIONS,
     Batch,
+    count_calls,
     forward,
     generate,
     one_line,
@@ -23,6 +24,7 @@ from .models import (
     set_implementation,
 )
 from .padding_free import padding_free
+from .record import brief
 from .timing import relative_spread, synchronize
 
 #: Rounds that are measured at least, and shares that count as equal however small the spread is.
@@ -49,8 +51,8 @@ class Row:
     difference: float | None = None
     #: Share of the generated tokens that are those of eager; None for a forward.
     equal_tokens: float | None = None
-    #: Backends that smart chose, with the number of calls.
-    chosen: dict[str, int] = field(default_factory=dict)
+    #: Backends that ran when all batches ran once, with the number of calls: of smart's rows.
+    ran: dict[str, int] = field(default_factory=dict)
     #: What became of the batches under padding_free: "packed" or "padded", and why.
     stacks: list[str] = field(default_factory=list)
     error: str | None = None
@@ -128,8 +130,8 @@ class Benchmark:
         if smart is None or free is None or not smart.median or not free.median:
             return None
         return (
-            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; "
-            + "; ".join(free.stacks)
+            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; it "
+            + "; ".join(brief(stack) for stack in free.stacks)
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -260,11 +262,10 @@ def _first_runs(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None
-    for made in recorded.rows:
-        row.chosen[made.backend] = row.chosen.get(made.backend, 0) + made.calls
+    count_calls(recorded, row.ran)
     row.stacks = [
-        f"{stack.calls} forward{'s' * (stack.calls != 1)} "
-        f"{'packed' if stack.packed else 'padded'}, {stack.reason}"
+        f"ran {stack.calls} forward{'s' * (stack.calls != 1)} "
+        f"{'packed' if stack.packed else 'padded'}: {stack.reason}"
         for stack in recorded.stacks
     ]
     return outputs

@@ -62,7 +62,10 @@ def _print_device(device: DeviceReport, console: Console) -> None:
     for remark in device.remarks:
         console.print(f"  {escape(remark)}", soft_wrap=True, highlight=False)
     table = Table(
-        "backend", "health", Column("right", justify="right"), Column("remark", overflow="fold")
+        Column("backend", overflow="fold"),
+        "health",
+        Column("passed", justify="right"),
+        Column("remark", overflow="fold"),
     )
     for backend in device.backends:
         style = _STYLES.get(backend.health, "dim")
