@@ -319,3 +319,11 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.run([command, str(folder("llama")), "--device", "cpu", "--seq-len", "16"]) == 0
     assert "…" not in capsys.readouterr().out
+
+
+def test_rounds_that_vary_put_the_times_in_doubt() -> None:
+    steady = made(eager=[2.0] * 5, smart=[1.0, 1.01, 1.02, 1.03, 1.04])
+    assert steady.doubt is None
+    assert steady.as_dict()["doubt"] is None
+    busy = made(eager=[2.0] * 5, smart=[1.0, 1.0, 2.0, 3.0, 3.0])
+    assert "vary by up to 100%" in (busy.doubt or "")

@@ -30,6 +30,8 @@ from .timing import relative_spread, synchronize
 #: Rounds that are measured at least, and shares that count as equal however small the spread is.
 MIN_ROUNDS = 3
 EQUAL = 0.02
+#: Spread of the rounds above which the times are in doubt.
+BUSY_SPREAD = 0.25
 
 #: The row of a model under ``smartattn.padding_free``, which packs where the profile says so.
 PADDING_FREE = "smart + padding_free"
@@ -124,6 +126,17 @@ class Benchmark:
         return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
 
     @property
+    def doubt(self) -> str | None:
+        """Why the times may mean little, in a sentence; None where the rounds agree."""
+        spread = max((row.spread for row in self.rows), default=0.0)
+        if spread <= BUSY_SPREAD:
+            return None
+        return (
+            f"the rounds vary by up to {spread:.0%}: something else was using this machine, or the "
+            "work is too short to time; bench again when it is idle, or larger batches"
+        )
+
+    @property
     def padding_free(self) -> str | None:
         """What padding_free changes for this workload, in a sentence; None if it did not run."""
         smart, free = self._smart(), self._row(PADDING_FREE)
@@ -142,7 +155,7 @@ class Benchmark:
             for row in self.rows
         ]  # fmt: skip
         return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict,
-                "padding_free": self.padding_free}  # fmt: skip
+                "padding_free": self.padding_free, "doubt": self.doubt}  # fmt: skip
 
     def _smart(self) -> Row | None:
         return self._row("smart")

@@ -74,6 +74,13 @@ def _print_device(device: DeviceReport, console: Console) -> None:
             backend.backend, f"[{style}]{backend.health}[/]", counts, escape(_remark(backend))
         )
     console.print(table)
+    if device.reached < device.cases:
+        console.print(
+            f"Tested for {device.seconds:.1f} s, which was enough for {device.reached} of "
+            f"{device.cases} kinds of calls.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _remark(backend: BackendReport) -> str:

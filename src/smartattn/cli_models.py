@@ -292,6 +292,8 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
     _print_ran(smart, console)
     if found.padding_free is not None:
         console.print(escape(found.padding_free), soft_wrap=True, highlight=False)
+    if found.doubt is not None:
+        console.print(f"[yellow]{found.doubt}[/]", soft_wrap=True, highlight=False)
     console.print(found.verdict, soft_wrap=True, highlight=False)
 
 
