@@ -52,7 +52,7 @@ test-newest: $(TEST_READY)
 # What an older Transformers can break: all but the tests of code that never sees it.
 FLOOR_TESTS := $(filter-out $(addprefix tests/test_,$(addsuffix .py,\
 	backends_matrix calibrate choose cli crossover docs doctor embeddings evaluate examples explain first_use fit \
-	fuzz health load packing profile reference regret sweep_helpers wheel)),\
+	fuzz health load outputs packing profile reference regret sweep_helpers wheel)),\
 	$(wildcard tests/test_*.py))
 
 test-floor: $(TEST_READY) $(FLOOR_READY)
@@ -91,6 +91,7 @@ fuzz: $(TEST_READY)
 	$(PYTHON) -m tests.fuzz --inputs 1000000 --json docs/reports/fuzz.json
 
 # The real output of every command, for docs/reports/.
+outputs: export TQDM_DISABLE = 1
 outputs: $(TEST_READY)
 	$(PYTHON) -m benchmarks.outputs
 

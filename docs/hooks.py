@@ -1,8 +1,9 @@
 """What mkdocs puts into the pages: sections of the repository's own texts, and tables of profiles.
 
-``{{ section FILE "Heading" }}`` becomes that section without its heading, ``{{ intro FILE }}`` what
-stands before the second heading, and ``{{ crossovers PROFILE }}`` the thresholds of a shipped
-profile. So nothing is written twice.
+What stands between ``<!-- section FILE "Heading" -->`` and ``<!-- /section -->`` becomes that
+section without its heading, between ``intro FILE`` what stands before the second heading, and
+between ``crossovers PROFILE`` the thresholds of a shipped profile. So nothing is written twice, and
+where the file is read as it is, as on GitHub, a link stands in its place.
 """
 
 from __future__ import annotations
@@ -14,30 +15,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_MARKED = re.compile(
+    r'^<!-- (?P<kind>section|intro|crossovers) (?P<source>\S+)(?: "(?P<heading>.+?)")? -->\n'
+    r".*?^<!-- /(?P=kind) -->$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
     """Called by mkdocs for every page."""
     folder = posixpath.dirname(page.file.src_uri) if page is not None else ""
-    markdown = _without_links_out(markdown, posixpath.join("docs", folder))
-    markdown = re.sub(
-        r'^\{\{ section (\S+) "(.+?)" \}\}$',
-        lambda found: section(found[1], found[2]),
-        markdown,
-        flags=re.MULTILINE,
-    )
-    markdown = re.sub(
-        r"^\{\{ intro (\S+) \}\}$",
-        lambda found: intro(found[1]),
-        markdown,
-        flags=re.MULTILINE,
-    )
-    return re.sub(
-        r"^\{\{ crossovers (\S+) \}\}$",
-        lambda found: crossovers(found[1]),
-        markdown,
-        flags=re.MULTILINE,
-    )
+    markdown = _MARKED.sub(_replaced, markdown)
+    return _without_links_out(markdown, posixpath.join("docs", folder))
+
+
+def _replaced(found: re.Match[str]) -> str:
+    if found["kind"] == "section":
+        return section(found["source"], found["heading"])
+    return intro(found["source"]) if found["kind"] == "intro" else crossovers(found["source"])
 
 
 def section(file: str, heading: str) -> str:

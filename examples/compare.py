@@ -74,9 +74,9 @@ def results_table(results: Iterable[Result]) -> Table:
     """Agreement and times, one line per result."""
     table = Table(title="smart against sdpa, medians of interleaved rounds", title_justify="left")
     for column in ("workload", "device", "dtype", "against eager"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("sdpa ms", "smart ms", "sdpa / smart"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for result in results:
         sdpa, smart = result.seconds["sdpa"], result.seconds["smart"]
         table.add_row(
@@ -98,10 +98,12 @@ def choices_table(results: Iterable[Result]) -> Table:
     reason stops before its source or its prediction.
     """
     table = Table(title="what smart chose", title_justify="left")
-    for column in ("workload", "dtype", "queries", "keys", "attention", "padding", "backend"):
-        table.add_column(column)
-    table.add_column("calls", justify="right")
-    table.add_column("why")
+    for column in ("workload", "call"):
+        table.add_column(column, overflow="fold")
+    # Names stay in one piece where there is room for it, and are whole everywhere.
+    table.add_column("backend", overflow="fold", no_wrap=console.width >= 80)
+    table.add_column("calls", justify="right", overflow="fold")
+    table.add_column("why", overflow="fold")
     for result in results:
         groups: dict[tuple[object, ...], list[TraceRow]] = {}
         for row in result.trace.rows:
@@ -110,13 +112,11 @@ def choices_table(results: Iterable[Result]) -> Table:
             groups.setdefault(same, []).append(row)
         for (queries, pattern, padding, backend, why), rows in groups.items():
             share = _span([row.facts.get("padding_share", 0.0) for row in rows], "{:.0%}")
+            where = "no padding" if padding == "none" else f"{padding} padding {share}"
+            keys = _span([row.facts["kv_len"] for row in rows], "{}")
             table.add_row(
-                result.workload,
-                rows[0].dtype,
-                f"{rows[0].facts['batch']} x {queries}",
-                _span([row.facts["kv_len"] for row in rows], "{}"),
-                str(pattern),
-                f"{padding} {share}",
+                f"{result.workload}, {rows[0].dtype}",
+                f"{rows[0].facts['batch']} x {queries} on {keys} keys, {pattern}, {where}",
                 str(backend),
                 str(sum(row.calls for row in rows)),
                 str(why),

@@ -238,7 +238,7 @@ KINDS = FakeProfile(
 @pytest.mark.parametrize(
     ("objective", "chosen", "why"),
     [
-        (LATENCY, "a", "fastest by profile fake: 10 us predicted"),
+        (LATENCY, "a", "fastest by profile fake: 10.0 us predicted"),
         (Objective("memory", 1.5), "b", "least memory by profile fake: 1.0 MiB"),
         (Objective("memory", 1.0), "a", "least memory by profile fake: 7.6 MiB"),
         # Equal ones: the faster.

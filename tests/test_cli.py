@@ -146,6 +146,29 @@ def test_the_module_is_the_command() -> None:
     assert found.stderr == "smartattn: 'moon' is no device; use cpu, cuda or cuda:N\n"
 
 
+def test_explain_imports_no_models() -> None:
+    """Nothing but what registering "smart" takes: models and generation cost seconds."""
+    program = (
+        "import sys\n"
+        "from smartattn import cli\n"
+        "sizes = ['--heads', '8', '--head-dim', '64', '--seq-len', '128', '--padding', '0.5']\n"
+        "assert cli.run(['explain', *sizes, '--device', 'nvidia-h200']) == 0\n"
+        "heavy = ('sklearn', 'pandas', 'transformers.models.llama.modeling_llama',\n"
+        "         'transformers.generation.candidate_generator')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.splitlines()[-1] == "[]"
+
+
 @pytest.mark.usefixtures("few_shapes")
 def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*QUICK, "2"]) == 0

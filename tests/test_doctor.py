@@ -184,3 +184,19 @@ def test_what_slows_a_backend_down_is_told() -> None:
     report = doctor.examine((SdpaBackend(), Hampered())).devices[-1]
     assert "hampered: no shortcut on cpu" in report.remarks
     assert not any(remark.startswith("sdpa:") for remark in report.remarks)
+
+
+def test_tests_that_time_was_too_short_for_are_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = len(doctor.cases("cpu"))
+    report, whole = doctor.examine(seconds=0.0), doctor.examine(seconds=60.0)
+    assert report.devices[-1].reached == 0
+    assert report.devices[-1].cases == total
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    assert cli.run(["doctor"]) == 0
+    assert f"enough for 0 of {total} kinds of calls" in capsys.readouterr().out
+    assert whole.devices[-1].reached == total
+    monkeypatch.setattr(doctor, "examine", lambda: whole)
+    assert cli.run(["doctor"]) == 0
+    assert "kinds of calls" not in capsys.readouterr().out

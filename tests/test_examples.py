@@ -10,12 +10,14 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import smartattn
 from smartattn import cli, packing
@@ -191,6 +193,45 @@ def test_drop_in_side_by_side(
     assert '+        attn_implementation="smart",' in output
     assert re.search(r"before \(sdpa\): .* ms\nafter \(smart\): .* ms\n", output)
     assert "backend" in output
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_of_the_examples_cut_nothing_off(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = importlib.import_module("compare")
+    facts = {"batch": 4, "q_len": 1, "pattern": "bidirectional", "padding": "right"}
+    rows = [
+        smartattn.TraceRow(
+            facts={**facts, "kv_len": length, "padding_share": 0.3},
+            heads=2,
+            kv_heads=2,
+            head_dim=64,
+            dtype="bfloat16",
+            grad=False,
+            backend="flash_attention_2",
+            reason="fastest by profile nvidia-h200: 31.6 us predicted",
+            refused={},
+            predicted_us={},
+            calls=30,
+        )
+        for length in (71, 85)
+    ]
+    cpu, seconds = torch.device("cpu"), {"sdpa": 1.0, "smart": 1.0}
+    result = compare.Result(
+        "SmolLM2 generate", cpu, torch.bfloat16, "tokens equal", True, seconds,
+        types.SimpleNamespace(rows=rows),
+    )  # fmt: skip
+    console = Console(width=width)
+    monkeypatch.setattr(compare, "console", console)
+    console.print(compare.results_table([result]))
+    console.print(compare.choices_table([result]))
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= width
+    if width >= 80:
+        assert "flash_attention_2" in output
+        assert "71-85" in output
 
 
 # -- README ----------------------------------------------------------------------------------------

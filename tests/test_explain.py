@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import smartattn
-from smartattn import cli, explanation, machine, profile, workload
+from smartattn import cli, machine, profile, workload
 from smartattn.explanation import explain
 from smartattn.stack_rule import StackRule, StackWhen
+from smartattn.units import format_us, span_us
 
 from .agreement import MASKS, WIDTH, run
 from .tiny_models import from_config, tiny_config, tiny_model, token_ids
@@ -256,10 +257,14 @@ def test_the_padding_is_what_was_asked_for(batch: int, share: float) -> None:
 
 @pytest.mark.parametrize(
     ("us", "text"),
-    [(None, "-"), (3.14159, "3.14 us"), (474.2, "474 us"), (13847.0, "13.8 ms"), (2.5e6, "2.50 s")],
+    [
+        *[(None, "-"), (3.14159, "3.14 us"), (474.2, "474 us"), (13847.0, "13.8 ms")],
+        *[(2.5e6, "2.50 s"), (9.999, "10.0 us"), (99.97, "100 us"), (999.7, "1.00 ms")],
+        (999_700.0, "1.00 s"),
+    ],
 )
 def test_times_have_three_digits(us: float | None, text: str) -> None:
-    assert explanation.format_us(us) == text
+    assert format_us(us) == text
 
 
 def test_it_prints_as_text() -> None:
@@ -309,7 +314,7 @@ def test_whether_padding_free_packs(change: dict[str, Any], packs: bool, because
     assert answer.packs == packs
     assert because in (answer.packs_because or "")
     (line,) = [line for line in answer.lines() if line.startswith("padding_free ")]
-    assert because in line
+    assert because in line.replace("\n ", ":")
     assert ("packs this batch" in line) == packs
 
 
@@ -364,3 +369,37 @@ def test_the_order_of_options_is_not_that_of_the_backends() -> None:
         for length in (128, 512, 2048, 8192)
     }  # fmt: skip
     assert len(orders) > 1
+
+
+def test_what_is_said_of_padding_free_fits_a_terminal() -> None:
+    answer = explain(**SIZES, batch=8, seq_len=2048, padding=0.4, causal=True, device="nvidia-h200")
+    assert "BERT-like" in (answer.packs_because or ""), "the models that were timed"
+    (line,) = [line for line in answer.lines() if line.startswith("padding_free ")]
+    assert "BERT-like" not in line
+    assert all(len(part) <= 100 for part in line.splitlines())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_nothing_is_cut_off_in_a_narrow_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    arguments = ["--batch", "8", "--seq-len", "2048", "--padding", "0.4", "--device", "nvidia-h200"]
+    assert cli.run([*COMMAND, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert out.splitlines()[0].endswith("on NVIDIA H200"), "one line, however long"
+
+
+def test_a_sentence_has_the_time_of_the_table() -> None:
+    answer = explain(
+        **SIZES, batch=1, seq_len=32768, packed=16, causal=True, grad=True, device="nvidia-h200"
+    )
+    predicted = answer.rows()[0][1]
+    assert predicted.endswith(" ms")
+    assert f"{predicted} predicted" in answer.reason
+
+
+def test_spans_of_times() -> None:
+    assert span_us([31.62, 31.58]) == "31.6 us"
+    assert span_us([1200.0, 31.6]) == "31.6 us to 1.20 ms"

@@ -60,6 +60,7 @@ def test_verify_agrees_per_layer(name: str, folder: Any, capsys: Any) -> None:
     assert cli.run([*arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "smart agrees with eager" in out
+    assert "smart ran sdpa in " in out
     assert "layer 1" in out
     assert "flash_attention_2 did not run: runs on cuda, the model is on cpu" in out
     assert cli.run([*arguments, "--device", "cpu", "--json"]) == 0
@@ -71,6 +72,8 @@ def test_verify_agrees_per_layer(name: str, folder: Any, capsys: Any) -> None:
     # The embeddings, two layers, and the output.
     assert [layer["index"] for layer in by_name["smart"]["layers"]] == [0, 1, 2, None]
     assert by_name["smart"]["layers"][0]["real"]["largest"] == 0.0
+    assert sum(by_name["smart"]["ran"].values()) >= 2
+    assert by_name["sdpa"]["ran"] == {}
     assert by_name["smart"]["layers"][0]["real"]["scale"] > 0.0
 
 
@@ -81,6 +84,7 @@ def test_verify_tells_real_from_padding(folder: Any) -> None:
     with smartattn.use(backends="sdpa_unpadded"):
         found = verify.verify(model, batches)
     assert found.agrees
+    assert found.comparisons[-1].ran == {"sdpa_unpadded": 2}
     smart = found.comparisons[-1].output
     assert smart is not None
     assert smart.padding is not None
@@ -120,14 +124,15 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
     out = capsys.readouterr().out
     for name in models.IMPLEMENTATIONS:
         assert name in out
-    assert "smart chose sdpa" in out
+    assert "smart ran sdpa in 2 calls" in out
     assert "padding_free: " in out
-    assert "1 forward padded, no rule of the profile" in out
+    assert "it ran 1 forward padded: no rule of the profile" in out
     assert "here" in out.splitlines()[-1]
     assert cli.run([*arguments, "--json", "--new-tokens", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 6
     rows = {row["implementation"]: row for row in found["rows"]}
+    assert rows["smart"]["ran"] == {"sdpa": 6}
     assert rows["smart"]["equal_tokens"] == rows[bench.PADDING_FREE]["equal_tokens"] == 1.0
     assert len(rows["smart"]["seconds"]) == 3
     assert rows["smart"]["tokens_per_second"] == pytest.approx(6 / rows["smart"]["median"])
@@ -163,8 +168,9 @@ def test_bench_runs_padding_free_in_its_own_row_alone(
     # A first run and a round of eager, sdpa, smart, and the last of each packed.
     assert [width == packed for width in widths] == [False] * 3 + [True] + [False] * 3 + [True]
     assert rows[bench.PADDING_FREE].difference < 1e-5
-    assert rows[bench.PADDING_FREE].stacks == ["1 forward packed, asked for whenever it is exact"]
-    assert "times as fast as smart; 1 forward packed" in (found.padding_free or "")
+    (stack,) = rows[bench.PADDING_FREE].stacks
+    assert stack == "ran 1 forward packed: asked for whenever it is exact"
+    assert "times as fast as smart; it ran 1 forward packed" in (found.padding_free or "")
     assert found.as_dict()["padding_free"] == found.padding_free
     assert not model.__dict__.get("_smartattn_padding_free")
 
@@ -292,4 +298,32 @@ def test_a_real_model_from_its_folder(capsys: Any) -> None:
     assert cli.run(["verify", *arguments]) == 0
     assert "smart agrees with eager" in capsys.readouterr().out
     assert cli.run(["bench", *arguments, "--rounds", "1"]) == 0
-    assert "smart chose" in capsys.readouterr().out
+    assert "smart ran" in capsys.readouterr().out
+
+
+def test_values_at_padding_positions_are_explained(folder: Any, capsys: Any) -> None:
+    arguments = ["verify", str(folder("bert")), "--batch", "3", "--seq-len", "20", "--padding"]
+    with smartattn.use(backends="sdpa_unpadded"):
+        assert cli.run([*arguments, "0.5", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "smart ran sdpa_unpadded in 2 calls" in out
+    assert "differ by design" in out
+    assert cli.run([*arguments, "0", "--device", "cpu"]) == 0
+    assert "differ by design" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_nothing_is_cut_off_in_a_narrow_terminal(
+    command: str, folder: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.run([command, str(folder("llama")), "--device", "cpu", "--seq-len", "16"]) == 0
+    assert "…" not in capsys.readouterr().out
+
+
+def test_rounds_that_vary_put_the_times_in_doubt() -> None:
+    steady = made(eager=[2.0] * 5, smart=[1.0, 1.01, 1.02, 1.03, 1.04])
+    assert steady.doubt is None
+    assert steady.as_dict()["doubt"] is None
+    busy = made(eager=[2.0] * 5, smart=[1.0, 1.0, 2.0, 3.0, 3.0])
+    assert "vary by up to 100%" in (busy.doubt or "")

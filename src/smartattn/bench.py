@@ -15,6 +15,7 @@ from .control import trace
 from .models import (
     IMPLEMENTATIONS,
     Batch,
+    count_calls,
     forward,
     generate,
     one_line,
@@ -23,11 +24,14 @@ from .models import (
     set_implementation,
 )
 from .padding_free import padding_free
+from .record import brief
 from .timing import relative_spread, synchronize
 
 #: Rounds that are measured at least, and shares that count as equal however small the spread is.
 MIN_ROUNDS = 3
 EQUAL = 0.02
+#: Spread of the rounds above which the times are in doubt.
+BUSY_SPREAD = 0.25
 
 #: The row of a model under ``smartattn.padding_free``, which packs where the profile says so.
 PADDING_FREE = "smart + padding_free"
@@ -49,8 +53,8 @@ class Row:
     difference: float | None = None
     #: Share of the generated tokens that are those of eager; None for a forward.
     equal_tokens: float | None = None
-    #: Backends that smart chose, with the number of calls.
-    chosen: dict[str, int] = field(default_factory=dict)
+    #: Backends that ran when all batches ran once, with the number of calls: of smart's rows.
+    ran: dict[str, int] = field(default_factory=dict)
     #: What became of the batches under padding_free: "packed" or "padded", and why.
     stacks: list[str] = field(default_factory=list)
     error: str | None = None
@@ -122,14 +126,25 @@ class Benchmark:
         return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
 
     @property
+    def doubt(self) -> str | None:
+        """Why the times may mean little, in a sentence; None where the rounds agree."""
+        spread = max((row.spread for row in self.rows), default=0.0)
+        if spread <= BUSY_SPREAD:
+            return None
+        return (
+            f"the rounds vary by up to {spread:.0%}: something else was using this machine, or the "
+            "work is too short to time; bench again when it is idle, or larger batches"
+        )
+
+    @property
     def padding_free(self) -> str | None:
         """What padding_free changes for this workload, in a sentence; None if it did not run."""
         smart, free = self._smart(), self._row(PADDING_FREE)
         if smart is None or free is None or not smart.median or not free.median:
             return None
         return (
-            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; "
-            + "; ".join(free.stacks)
+            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; it "
+            + "; ".join(brief(stack) for stack in free.stacks)
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,7 +155,7 @@ class Benchmark:
             for row in self.rows
         ]  # fmt: skip
         return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict,
-                "padding_free": self.padding_free}  # fmt: skip
+                "padding_free": self.padding_free, "doubt": self.doubt}  # fmt: skip
 
     def _smart(self) -> Row | None:
         return self._row("smart")
@@ -260,11 +275,10 @@ def _first_runs(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return None
-    for made in recorded.rows:
-        row.chosen[made.backend] = row.chosen.get(made.backend, 0) + made.calls
+    count_calls(recorded, row.ran)
     row.stacks = [
-        f"{stack.calls} forward{'s' * (stack.calls != 1)} "
-        f"{'packed' if stack.packed else 'padded'}, {stack.reason}"
+        f"ran {stack.calls} forward{'s' * (stack.calls != 1)} "
+        f"{'packed' if stack.packed else 'padded'}: {stack.reason}"
         for stack in recorded.stacks
     ]
     return outputs

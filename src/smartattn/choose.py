@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from .backends.base import Backend, releases
 from .call import Call
 from .plan import Plan
+from .units import format_us
 
 if TYPE_CHECKING:
     from .cost import Estimate
@@ -149,7 +150,7 @@ def _best(
     fastest = next(
         (
             backend,
-            f"fastest by profile {profile}: {estimate.us:.0f} us predicted"
+            f"fastest by profile {profile}: {format_us(estimate.us)} predicted"
             + (
                 f" in a layer that waits for the {estimate.bottleneck}"
                 if estimate.bottleneck

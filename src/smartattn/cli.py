@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from .calibrate import Outcome, Request
 
-# What needs torch is imported where it is used: --help and --version answer at once.
+# The package itself imports torch and Transformers' modeling_utils, where AttentionInterface is, to
+# register "smart"; commands import where they are used what comes on top of that.
 
 app = typer.Typer(
     name="smartattn",

@@ -62,7 +62,10 @@ def _print_device(device: DeviceReport, console: Console) -> None:
     for remark in device.remarks:
         console.print(f"  {escape(remark)}", soft_wrap=True, highlight=False)
     table = Table(
-        "backend", "health", Column("right", justify="right"), Column("remark", overflow="fold")
+        Column("backend", overflow="fold"),
+        "health",
+        Column("passed", justify="right"),
+        Column("remark", overflow="fold"),
     )
     for backend in device.backends:
         style = _STYLES.get(backend.health, "dim")
@@ -71,6 +74,13 @@ def _print_device(device: DeviceReport, console: Console) -> None:
             backend.backend, f"[{style}]{backend.health}[/]", counts, escape(_remark(backend))
         )
     console.print(table)
+    if device.reached < device.cases:
+        console.print(
+            f"Tested for {device.seconds:.1f} s, which was enough for {device.reached} of "
+            f"{device.cases} kinds of calls.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _remark(backend: BackendReport) -> str:

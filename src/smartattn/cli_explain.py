@@ -87,15 +87,15 @@ def explain(
         return
     console = Console()
     table = Table(
-        "backend",
-        Column("predicted", justify="right"),
+        Column("backend", overflow="fold"),
+        Column("predicted", justify="right", no_wrap=True),
         Column("remark", overflow="fold"),
-        title=escape(f"{answer.workload}, on {answer.device}"),
-        title_justify="left",
     )
     for backend, predicted, remark in answer.rows():
         style = "bold" if backend == answer.backend else None
         table.add_row(backend, predicted, escape(remark), style=style)
+    title = escape(f"{answer.workload}, on {answer.device}")
+    console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
     for line in answer.lines():
         console.print(escape(line), soft_wrap=True, highlight=False)

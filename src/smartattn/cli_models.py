@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 #: Exit code where smart computes something else than eager attention.
 DISAGREES = 1
 
+_PADDING = (
+    "at padding positions implementations differ by design; models that use these need "
+    'pad_output="sdpa"'
+)
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a name on the hub.")
 ]
@@ -197,12 +202,17 @@ def _progress(total: int | None) -> Iterator[Any]:
 
 def _print_verification(found: Verification, console: Console) -> None:
     console.print(
-        f"{found.real_tokens} real and {found.padding_tokens} padding tokens, {found.dtype}; "
+        f"{found.real_tokens:,} real and {found.padding_tokens:,} padding tokens, {found.dtype}\n"
         "differences from eager: largest / mean (largest relative to the largest eager value)",
         soft_wrap=True,
         highlight=False,
     )
-    table = Table("implementation", "after", "at real positions", "at padding positions")
+    table = Table(
+        Column("implementation", overflow="fold"),
+        "after",
+        Column("at real positions", overflow="fold"),
+        Column("at padding positions", overflow="fold"),
+    )
     for comparison in found.comparisons:
         if comparison.error is not None:
             table.add_row(comparison.implementation, "-", "did not run", "-", style="dim")
@@ -210,8 +220,19 @@ def _print_verification(found: Verification, console: Console) -> None:
         table.add_section()
     console.print(table)
     _print_errors(found.comparisons, console)
+    smart = next(one for one in found.comparisons if one.implementation == "smart")
+    _print_ran(smart, console)
+    output = smart.output
+    if output and output.padding and output.padding.relative > found.allowed:
+        console.print(_PADDING, soft_wrap=True, highlight=False)
     if found.problem is None:
-        console.print(f"smart agrees with eager: within {found.allowed:.3g} at real positions")
+        assert output is not None
+        console.print(
+            f"smart agrees with eager: it differs by {output.real.relative:.1e} of the largest "
+            f"value at real positions, {found.allowed:.1e} is allowed",
+            soft_wrap=True,
+            highlight=False,
+        )
     else:
         console.print(f"[bold red]smart does not agree with eager:[/] {escape(found.problem)}")
 
@@ -238,14 +259,14 @@ def _shown(difference: Difference | None) -> str:
 def _print_benchmark(found: Benchmark, console: Console) -> None:
     doing = f"{found.new_tokens} new tokens" if found.new_tokens else "forward"
     console.print(
-        f"{doing}, {found.real_tokens} real and {found.padding_tokens} padding tokens, "
+        f"{doing}, {found.real_tokens:,} real and {found.padding_tokens:,} padding tokens, "
         f"{found.dtype}, {found.device}; medians of interleaved rounds",
         soft_wrap=True,
         highlight=False,
     )
     right = {"justify": "right"}
     table = Table(
-        "implementation",
+        Column("implementation", overflow="fold"),
         Column("ms", **right),  # type: ignore[arg-type]
         Column("spread", **right),  # type: ignore[arg-type]
         Column("tokens/s", **right),  # type: ignore[arg-type]
@@ -268,12 +289,19 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
     console.print(table)
     _print_errors(found.rows, console)
     smart = next(row for row in found.rows if row.implementation == "smart")
-    if smart.chosen:
-        chosen = ", ".join(f"{name} ({calls} calls)" for name, calls in smart.chosen.items())
-        console.print(f"smart chose {chosen}", highlight=False)
+    _print_ran(smart, console)
     if found.padding_free is not None:
         console.print(escape(found.padding_free), soft_wrap=True, highlight=False)
+    if found.doubt is not None:
+        console.print(f"[yellow]{found.doubt}[/]", soft_wrap=True, highlight=False)
     console.print(found.verdict, soft_wrap=True, highlight=False)
+
+
+def _print_ran(smart: Row | Comparison, console: Console) -> None:
+    if smart.ran:
+        backends = sorted(smart.ran.items(), key=lambda one: -one[1])
+        calls = [f"{name} in {count:,} call{'s' * (count != 1)}" for name, count in backends]
+        console.print(f"smart ran {', '.join(calls)}", soft_wrap=True, highlight=False)
 
 
 def _print_errors(ran: Iterable[Row | Comparison], console: Console) -> None:
@@ -284,6 +312,8 @@ def _print_errors(ran: Iterable[Row | Comparison], console: Console) -> None:
 
 
 def _agreement(row: Row) -> str:
+    if row.implementation == "eager":
+        return "-"
     if row.equal_tokens is not None:
         return f"{row.equal_tokens:.0%} of the tokens equal"
     return "-" if row.difference is None else f"differs by {row.difference:.1e}"

@@ -57,8 +57,10 @@ class DeviceReport:
     #: What was passed over in the search, and what differs from the versions of the measurement.
     remarks: tuple[str, ...]
     backends: tuple[BackendReport, ...]
-    #: Seconds that the self-test took.
+    #: Seconds that the self-test took, how many kinds of calls it came to, and how many there are.
     seconds: float
+    reached: int
+    cases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
     start = time.perf_counter()
-    tested = _test(device, backends, seconds)
+    workloads = cases(device.type)
+    tested, reached = _test(workloads, device, backends, seconds)
     return DeviceReport(
         device=str(device),
         name=str(identity or device),
@@ -140,6 +143,8 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
         remarks=tuple(remarks),
         backends=tested,
         seconds=time.perf_counter() - start,
+        reached=reached,
+        cases=len(workloads),
     )
 
 
@@ -186,12 +191,18 @@ class _Tally:
 
 
 def _test(
-    device: torch.device, backends: Sequence[Backend], seconds: float
-) -> tuple[BackendReport, ...]:
+    workloads: Sequence[Workload],
+    device: torch.device,
+    backends: Sequence[Backend],
+    seconds: float,
+) -> tuple[tuple[BackendReport, ...], int]:
+    """What came of each backend, and how many of the workloads time was left for."""
     tallies = {backend.name: _Tally() for backend in backends}
     end = time.perf_counter() + seconds
-    for workload in cases(device.type):
+    reached = 0
+    for workload in workloads:
         late = time.perf_counter() > end
+        reached += not late
         # Time is up: only what has not had a turn yet.
         due = [
             b
@@ -200,7 +211,8 @@ def _test(
         ]
         if due:
             _try(workload, device, due, tallies)
-    return tuple(_verdict(backend, tallies[backend.name], device) for backend in backends)
+    verdicts = tuple(_verdict(backend, tallies[backend.name], device) for backend in backends)
+    return verdicts, reached
 
 
 def _try(

@@ -21,8 +21,10 @@ from .features import Mode
 from .machine import versions
 from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan
+from .record import brief
 from .stack_choice import KEEPS_PADDING, backend_refusal, pays
 from .target import Target, target_of
+from .units import format_us
 from .workload import WORDS, Side, Workload, as_padded
 
 #: Most tokens of a batch, and of any other size, that are explained.
@@ -123,7 +125,8 @@ class Explanation:
             lines.append(f"by length, all else equal: {self.crossovers}")
         if self.packs is not None:
             does = "packs this batch" if self.packs else "leaves the padding in"
-            lines.append(f"padding_free {does}: {self.packs_because}")
+            rule, _, source = brief(self.packs_because or "").partition(": ")
+            lines.append(f"padding_free {does}: {rule}" + (source and f"\n  {source}"))
         return lines
 
     def __str__(self) -> str:
@@ -402,16 +405,6 @@ def _check(workload: Workload) -> None:
         raise ValueError(f"packed is 1 to seq_len sequences, given {workload.sequences}")
     if workload.window < 0:
         raise ValueError(f"window is at least 1, given {workload.window}")
-
-
-def format_us(microseconds: float | None) -> str:
-    """A time with three digits and its unit; "-" for None."""
-    if microseconds is None:
-        return "-"
-    scales = ((1e3, 1.0, "us"), (1e6, 1e-3, "ms"))
-    factor, unit = next(((f, u) for limit, f, u in scales if microseconds < limit), (1e-6, "s"))
-    value = microseconds * factor
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def _remark(option: Option, best: float | None) -> str:

@@ -21,6 +21,7 @@ from .backends import Backend
 from .call import Call, Runner
 from .choose import Decision
 from .plan import Plan
+from .units import format_us
 
 #: A shape that has come back is taken to come this many times as often as it has: building starts
 #: when the time lost by waiting, so many times over, has come to what building costs.
@@ -63,7 +64,7 @@ class FirstUses:
         backend, loss_us = other
         reason = (
             f"{decision.backend.name} would first have to build kernels for this shape "
-            f"({build_us / 1e3:.0f} ms), which pays once it has come often enough"
+            f"({format_us(build_us)}), which pays once it has come often enough"
         )
         chosen = replace(decision, backend=backend, reason=reason)
         wait = functools.partial(_Waiting, shape, loss_us, build_us, backend, plan, call)

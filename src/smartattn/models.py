@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from .record import Trace
 from .workload import Workload, as_padded
 
 #: The implementations that are compared; the first one is what the others are held against.
@@ -267,6 +268,12 @@ def generate(model: Any, batch: Batch, new_tokens: int) -> torch.Tensor:
             pad_token_id=0 if pad is None else pad,
         )
     return tokens[:, -new_tokens:]
+
+
+def count_calls(recorded: Trace, counts: dict[str, int]) -> None:
+    """Adds the calls of a trace to the calls by backend."""
+    for row in recorded.rows:
+        counts[row.backend] = counts.get(row.backend, 0) + row.calls
 
 
 def relative(difference: float, scale: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 from .call import Call
 from .choose import Decision
 from .plan import Plan
+from .units import span_us
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ class Trace:
         for stack in self.stacks:
             how = "without padding" if stack.packed else "padded"
             forwards = f"{stack.calls} forward{'s' * (stack.calls != 1)}"
-            lines.append(f"{stack.model}: {forwards} {how}, {stack.reason}")
+            lines.append(f"{stack.model}: {forwards} {how}, {brief(stack.reason)}")
         return "\n".join(lines)
 
 
@@ -163,6 +165,12 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
 
 # -- printing ------------------------------------------------------------------------------------
 
+
+def brief(reason: str) -> str:
+    """A reason for packing without its source or the models timed, in parentheses at its end."""
+    return re.sub(r" \([^()]*\)$", "", reason)
+
+
 _HEADER = (
     "forwards",
     "batch",
@@ -174,7 +182,7 @@ _HEADER = (
     "dtype",
     "backend",
     "calls",
-    "predicted us",
+    "predicted",
     "why",
 )
 
@@ -227,7 +235,7 @@ def _line(group: Sequence[TraceRow]) -> tuple[str, ...]:
         f"{row.dtype} grad" if row.grad else row.dtype,
         row.backend,
         str(sum(r.calls for r in group)),
-        _span(predicted) if predicted else "-",
+        span_us(predicted) if predicted else "-",
         row.reason if len(group) == 1 else _why(row),
     )
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from .control import trace
 from .models import (
     IMPLEMENTATIONS,
     Batch,
+    count_calls,
     forward,
     one_line,
     output_of,
@@ -68,6 +70,8 @@ class Comparison:
     layers: tuple[Layer, ...]
     #: The output is finite at all positions.
     finite: bool
+    #: Backends that ran, with the number of calls: of smart alone.
+    ran: dict[str, int] = field(default_factory=dict)
     #: Why it did not run; there are no layers then.
     error: str | None = None
 
@@ -176,12 +180,14 @@ def _compare(
     if tally.error is not None:
         return
     try:
-        states = _states(model, batch, per_layer)
+        with trace() as recorded:
+            states = _states(model, batch, per_layer)
     except Exception as error:
         # The others are still to be compared, whatever this one raises.
         tally.error = one_line(error)
         gc.collect()
         return
+    count_calls(recorded, tally.ran)
     tally.finite = tally.finite and bool(torch.isfinite(states[-1]).all())
     if not tally.sums:
         tally.sums = [(_Sum(), _Sum()) for _ in states]
@@ -214,6 +220,7 @@ class _Tally:
     def __init__(self) -> None:
         self.sums: list[tuple[_Sum, _Sum]] = []
         self.finite = True
+        self.ran: dict[str, int] = {}
         self.error: str | None = None
 
     def comparison(self, name: str) -> Comparison:
@@ -225,4 +232,4 @@ class _Tally:
             assert found is not None
             last = index == len(self.sums) - 1
             layers.append(Layer(None if last else index, found, padding.difference()))
-        return Comparison(name, tuple(layers), self.finite)
+        return Comparison(name, tuple(layers), self.finite, self.ran)

@@ -1,0 +1,21 @@
+"""How times are printed."""
+
+from __future__ import annotations
+
+
+def format_us(microseconds: float | None) -> str:
+    """A time with three digits and its unit; "-" for None."""
+    if microseconds is None:
+        return "-"
+    # Rounded first, so that 999.7 us are 1.00 ms.
+    rounded = float(f"{microseconds:.3g}")
+    scales = ((1e3, 1.0, "us"), (1e6, 1e-3, "ms"))
+    factor, unit = next(((f, u) for limit, f, u in scales if rounded < limit), (1e-6, "s"))
+    value = rounded * factor
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
+def span_us(values: list[float]) -> str:
+    """The shortest and the longest of some times, or the one that they all print as."""
+    low, high = format_us(min(values)), format_us(max(values))
+    return low if low == high else f"{low} to {high}"
