@@ -103,7 +103,7 @@ def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
     tokens = plan.batch * plan.q_len
     padding = tokens - plan.real_q
     work = float(padding * hidden**2)
-    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work)
+    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work, hidden)
     if rule is None:
         return False, "no rule of the profile says that it pays"
     # A profile without rules of its own goes by those of the default.
