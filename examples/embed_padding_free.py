@@ -50,14 +50,27 @@ def batches(tokenizer: Any, texts: list[str], size: int, device: torch.device) -
     ]
 
 
+def mean_of_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(batch, hidden) means in float32 of (batch, length, hidden) states where the mask is 1.
+
+    One product reads the states once and adds up in float32. Weights of 0 and 1 are exact in any
+    dtype, so that the division comes last.
+    """
+    if states.is_cuda and states.dtype is not torch.float32:
+        weights = mask[:, None].to(states.dtype)
+        totals = torch.bmm(weights, states, out_dtype=torch.float32)
+    else:
+        totals = torch.bmm(mask[:, None].float(), states.float())
+    return totals[:, 0] / mask.sum(dim=1, keepdim=True)
+
+
 @torch.no_grad()
 def embed(model: Any, inputs: list[Any]) -> torch.Tensor:
-    """(sentences, hidden) mean over the real tokens, of length 1."""
-    parts = []
-    for batch in inputs:
-        states = model(**batch).last_hidden_state.float()
-        weights = batch["attention_mask"][:, :, None]
-        parts.append((states * weights).sum(dim=1) / weights.sum(dim=1))
+    """(sentences, hidden) mean over the real tokens, of length 1, in float32."""
+    parts = [
+        mean_of_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
+        for batch in inputs
+    ]
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
 

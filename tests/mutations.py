@@ -647,7 +647,7 @@ MUTATIONS = (
     Mutation(
         "padding-free: a layer that cannot be packed is packed",
         "padding_free.py",
-        "if packed is None:",
+        "if state.plan is None:",
         "if False:",
         PADDING_FREE,
     ),

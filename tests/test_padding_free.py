@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -879,3 +882,112 @@ def test_the_benchmark_on_tiny_models() -> None:
         assert "first-token" in workload.name or result.chosen[benchmark.IDEAL] == "sdpa_unpadded"
         assert len(benchmark.table([result]).splitlines()) == 3
         assert result.speedup is not None
+
+
+# -- what it costs on the host --------------------------------------------------------------------
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """Python functions that a call enters, once everything is cached."""
+    for _ in range(3):
+        run()
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def more_calls(layers: int, mask: Tensor, always: bool) -> int:
+    """Python calls that a forward makes more because of ``padding_free``."""
+    config = tiny_config("bert")
+    config.num_hidden_layers = layers
+    model = from_config("BertModel", config, "smart").eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=IDS, attention_mask=mask)
+
+    plain = python_calls(run)
+    with padding_free(model, always=always):
+        return python_calls(run) - plain
+
+
+NO_PADDING = torch.ones_like(RIGHT)
+
+
+@pytest.mark.parametrize("mask", [NO_PADDING, RIGHT], ids=["unpadded", "padded"])
+def test_layers_of_a_forward_that_is_not_packed_pay_nothing(mask: Tensor) -> None:
+    few, many = more_calls(2, mask, False), more_calls(6, mask, False)
+    assert many == few
+    assert few <= 80
+
+
+def test_layers_of_a_packed_forward_pay_little() -> None:
+    # The same backend on both sides: what its kernels cost is not the question.
+    with smartattn.use(backends="sdpa_unpadded"), smartattn.trace() as trace:
+        few, many = more_calls(2, RIGHT, True), more_calls(6, RIGHT, True)
+    assert all(row.packed for row in trace.stacks)
+    assert (many - few) / 4 <= 11
+
+
+def test_later_layers_get_hooks_once_a_batch_is_packed() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    layers = model.model.layers
+
+    def hooked() -> list[bool]:
+        return [bool(layer._forward_pre_hooks) for layer in layers]
+
+    def run(mask: Tensor) -> None:
+        with torch.no_grad():
+            model(input_ids=IDS, attention_mask=mask)
+
+    first = [True] + [False] * (len(layers) - 1)
+    with padding_free(model, always=True):
+        run(NO_PADDING)
+        assert hooked() == first
+        run(RIGHT)
+        assert all(hooked())
+        # A backward may yet come to the packed layers.
+        run(NO_PADDING)
+        with padding_free(model):
+            assert hooked() == first
+        assert all(hooked())
+    assert not any(hooked())
+
+
+def test_a_first_layer_that_is_skipped_does_not_decide() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    with padding_free(model, always=True), torch.no_grad():
+        layers = model.model.layers
+        model.model.layers = layers[1:]
+        with smartattn.trace() as trace:
+            for _ in range(2):
+                model(input_ids=IDS, attention_mask=RIGHT)
+        model.model.layers = layers
+    assert [row.packed for row in trace.stacks] == [False, True]
+
+
+def test_arguments_of_a_forward_do_not_outlive_it() -> None:
+    """A cache held by the plan of a mask would keep its memory until a collection of cycles."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    gc.collect()
+    gc.disable()
+    try:
+        with padding_free(model, always=True), torch.no_grad():
+            cache = model(input_ids=IDS, attention_mask=RIGHT).past_key_values
+            alive = weakref.ref(cache)
+            del cache
+            assert alive() is None
+    finally:
+        gc.enable()

@@ -605,3 +605,30 @@ def test_a_larger_batch_that_gains_next_to_nothing_speaks_against_a_smaller_one(
     small, large = sample(0.4, 24, 1.3), sample(0.6, 26, 1 + gain)
     rules = fit_stack_rules([small, large], HEADER)
     assert packs(rules, small.padding_share, small.work) is packed
+
+
+def of_width(hidden: int, power: int, us: float, speedup: float) -> StackSample:
+    workload = batch_of(Stack("encoder", hidden, "forward"), 0.5, power, "float32")
+    assert workload is not None
+    return StackSample(workload, 4, us, us / speedup, speedup, 0.01, 5)
+
+
+def test_narrow_layers_are_more_work_than_their_products() -> None:
+    """Reads and writes take as long as the products at a hidden size of 512."""
+
+    def us(hidden: int, power: int) -> float:
+        return 1e-6 * 2**power / hidden**2 * hidden * (hidden + 512)
+
+    wide = [of_width(1024, power, us(1024, power), 1.5) for power in (26, 28, 30)]
+    narrow = [of_width(256, power, us(256, power), 1.5) for power in (28, 30)]
+    (rule, *_) = fit_stack_rules([*wide, *narrow], HEADER)
+    assert rule.when.width == pytest.approx(512, rel=0.05)
+    least = wide[0].spared_work
+    assert rule.when.holds("cpu", 0.5, least, 1024)
+    assert not rule.when.holds("cpu", 0.5, least / 1.9, 1024)
+    assert rule.when.holds("cpu", 0.5, least / 1.9, 256)
+    assert "hidden x (hidden + 51" in str(rule.when)
+    # The narrow ones wait for the host, or nothing is known of another size.
+    waiting = [of_width(256, 24, us(1024, 26), 1.5)]
+    for timed in ([*wide, *waiting], wide):
+        assert fit_stack_rules(timed, HEADER)[0].when.width is None

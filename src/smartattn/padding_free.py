@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from contextvars import ContextVar
+from operator import is_
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 from .control import SETTINGS, Settings
 from .heads import Guard, guard_for, reads_last
 from .integration import NAME
+from .locks import ForkSafeLock
 from .mask import PlanMask
 from .packed_stack import (
     Packing,
@@ -109,7 +112,8 @@ class _Frame:
     """
 
     __slots__ = (
-        "decided", "guard", "hooks", "opener", "outer", "packing", "reads_last", "reason", "token"
+        "arguments", "decided", "guard", "hooks", "opener", "outer", "packing", "reads_last",
+        "reason", "token",
     )  # fmt: skip
 
     def __init__(self, hooks: _Hooks, opener: nn.Module) -> None:
@@ -122,12 +126,18 @@ class _Frame:
         self.reason: str | None = None
         self.decided = False
         self.packing: Packing | None = None
+        #: What the last layer of each state got, for the next one.
+        self.arguments: dict[_State, _Arguments] = {}
         self.outer = _FRAME.get()
         self.token = _FRAME.set(self)
 
 
 #: The innermost forward of this thread or asyncio task that runs under hooks.
 _FRAME: ContextVar[_Frame | None] = ContextVar("smartattn_forward", default=None)
+
+
+#: Held while the hooks of later layers are registered; models with hooks can be copied.
+_arming = ForkSafeLock()
 
 
 class _Hooks:
@@ -140,21 +150,43 @@ class _Hooks:
         self._names = {type(layer): parameter_names(layer) for layer in stack.layers}
         self._mask_at = {kind: _position(names) for kind, names in self._names.items()}
         self._root_names = parameter_names(stack.root)
+        #: All layers have their hook, not the first alone.
+        self._armed = False
 
     def install(self) -> None:
-        """Registers all hooks."""
+        """Registers the hooks; those of the later layers once they are needed, see ``_arm``."""
         stack = self.stack
         handles = self._handles
         for model in dict.fromkeys((stack.root, stack.base)):
             handles.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
-        for layer in stack.layers:
-            handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+        armed, self._armed = self._armed, False
+        self._hook_layers(stack.layers[:1])
+        if armed:
+            self._arm()
         exits = (stack.norm, stack.module, stack.base)
         for module in dict.fromkeys(module for module in exits if module is not None):
             handles.append(module.register_forward_hook(self._put_back))
         for model in dict.fromkeys((stack.base, stack.root)):
             handles.append(model.register_forward_hook(self._close, always_call=True))
         stack.root.__dict__[_ATTRIBUTE] = self
+
+    def _arm(self) -> None:
+        """Registers the hooks of the later layers, for good.
+
+        The first layer alone decides. A batch that stays padded would pay for hooks on the others
+        that have nothing to do; once one has been packed, its layers may run again in a backward.
+        """
+        if self._armed:
+            return
+        with _arming:
+            if not self._armed:
+                self._hook_layers(self.stack.layers[1:])
+                self._armed = True
+
+    def _hook_layers(self, layers: Sequence[nn.Module]) -> None:
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+            self._handles.append(handle)
 
     def remove(self) -> None:
         """Removes all hooks."""
@@ -187,8 +219,12 @@ class _Hooks:
         frame = self._frame()
         if frame is not None and frame.opener is module:
             _FRAME.reset(frame.token)
-            if not frame.decided and (recorder := SETTINGS.get().trace) is not None:
-                recorder.record_stack(self.stack.name, None, False, "no layer got a mask of smart")
+            if not frame.decided:
+                # The first layer may have been skipped.
+                self._arm()
+                if (recorder := SETTINGS.get().trace) is not None:
+                    reason = "no layer got a mask of smart"
+                    recorder.record_stack(self.stack.name, None, False, reason)
 
     def _frame(self) -> _Frame | None:
         frame = _FRAME.get()
@@ -233,32 +269,24 @@ class _Hooks:
             at = self._mask_at[type(module)]
             mask = args[at] if at is not None and at < len(args) else None
         if not isinstance(mask, PlanMask) or (plan := mask.plan) is None:
+            if frame is not None and not frame.decided:
+                self._arm()
             return self._unplanned(module, args, kwargs)
-        state = plan.stack
+        state: _State | None = plan.stack
         names = self._names[type(module)]
-        known = state is not None and state[0] is self
+        if state is not None and state.hooks is not self:
+            state = None
         # A caller's mask may serve several forwards, and each decides for itself.
-        if frame is not None and not (known and frame.decided and state[1] is frame.packing):
+        if frame is not None and not (state and frame.decided and state.packing is frame.packing):
             values = {**dict(zip(names, args, strict=False)), **kwargs}
-            state = plan.stack = (self, *self._state(frame, names, plan, values))
-        elif not known:
+            state = plan.stack = self._state(frame, names, plan, values)
+        if state is None or (packing := state.packing) is None:
             return None
-        packing, packed = state[1], state[2]
-        if packing is None:
-            return None
-        if packed is None:
+        if state.plan is None:
             return _as_padded(packing, names, args, kwargs)
         try:
-            return (
-                tuple(
-                    _packed(packing, packed, mask, index == 0, name, value)
-                    for index, (name, value) in enumerate(zip(names, args, strict=False))
-                ),
-                {
-                    name: _packed(packing, packed, mask, name == names[0], name, value)
-                    for name, value in kwargs.items()
-                },
-            )
+            known = frame.arguments if frame is not None else {}
+            return state.packed(known, names, mask, args, kwargs)
         except UnpackableError:
             return _as_padded(packing, names, args, kwargs)
 
@@ -275,8 +303,9 @@ class _Hooks:
 
     def _state(
         self, frame: _Frame, names: tuple[str, ...], plan: Plan, values: dict[str, Any]
-    ) -> tuple[Packing | None, Plan | None]:
-        """How layers under a plan run: packed by the first and under the second, or padded."""
+    ) -> _State:
+        """How layers under a plan run."""
+        packed = None
         if not frame.decided:
             frame.decided = True
             settings = plan.settings or SETTINGS.get()
@@ -287,34 +316,93 @@ class _Hooks:
                 # The cheaper question first: small batches wait for the host.
                 packs, reason = worth(request, self.always)
             if packs:
-                packing = Packing(plan)
-                refusal = exactness_refusal(request, packing)
+                packing, packed = Packing(plan), packed_plan(plan)
+                refusal = exactness_refusal(request, packing, packed)
                 if refusal is None and frame.guard is not None:
                     refusal = frame.guard.refusal()
                 if refusal is None:
+                    self._arm()
                     frame.packing = packing
                 else:
                     packs, reason = False, refusal
             _record(self.stack.name, plan, packs, reason, settings)
         shared = frame.packing
         if shared is None:
-            return None, None
-        if plan_refusal(plan) is not None or not shared.covers(plan):
-            return shared, None
-        return shared, packed_plan(plan)
+            return _State(self, None, None)
+        if plan is not shared.plan:
+            if plan_refusal(plan) is not None or not shared.covers(plan):
+                return _State(self, shared, None)
+            packed = None
+        return _State(self, shared, packed or packed_plan(plan))
 
 
-def _packed(
-    packing: Packing, packed: Plan, mask: PlanMask, is_states: bool, name: str, value: Any
-) -> Any:
-    """One argument of a layer, for the packed tokens."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if is_states:
-        return packing.pack(value) if packing.is_padded(value) else value
-    if value is mask:
-        return packing.mask(packed, mask.dtype)
-    return pack_argument(packing, name, value)
+class _State:
+    """How layers under one plan run: without padding and under another plan, or padded.
+
+    Args:
+        packing: None if the whole forward is padded.
+        plan: that of the packed tokens; None if these layers alone are padded.
+    """
+
+    __slots__ = ("hooks", "packing", "plan")
+
+    def __init__(self, hooks: _Hooks, packing: Packing | None, plan: Plan | None) -> None:
+        self.hooks = hooks
+        self.packing = packing
+        self.plan = plan
+
+    def packed(
+        self,
+        known: dict[_State, _Arguments],
+        names: tuple[str, ...],
+        mask: PlanMask,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a layer for the packed tokens.
+
+        Args:
+            known: those of the layer before it.
+
+        Raises:
+            UnpackableError: there is a tensor among them that nothing is known about.
+        """
+        packing = self.packing
+        assert packing is not None
+        if not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(names[0]),)
+        states, *others = args
+        if packing.is_padded(states):
+            states = packing.pack(states)
+        given = (names, *others, *kwargs, *kwargs.values())
+        last = known.get(self)
+        # Most models hand the same objects to all layers.
+        if last is None or len(last.given) != len(given) or not all(map(is_, last.given, given)):
+            by_position = zip(names[1:], others, strict=False)
+            last = known[self] = _Arguments(
+                given,
+                tuple(self._value(mask, name, value) for name, value in by_position),
+                {name: self._value(mask, name, value) for name, value in kwargs.items()},
+            )
+        return (states, *last.args), dict(last.kwargs)
+
+    def _value(self, mask: PlanMask, name: str, value: Any) -> Any:
+        assert self.packing is not None
+        assert self.plan is not None
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if value is mask:
+            return self.packing.mask(self.plan, mask.dtype)
+        return pack_argument(self.packing, name, value)
+
+
+class _Arguments(NamedTuple):
+    """Arguments of a layer beside its hidden states: as they were given, and packed."""
+
+    given: tuple[Any, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def _as_padded(

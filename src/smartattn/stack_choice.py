@@ -11,7 +11,7 @@ from .backends import BACKENDS, Backend
 from .call import Call
 from .choose import Chooser, UnsupportedCallError
 from .control import Settings
-from .packed_stack import Packing, argument_refusal, packed_plan
+from .packed_stack import Packing, argument_refusal
 from .plan import Padding, Plan
 from .profile import Profile, profile_for, stack_rules
 from .stack_rule import stack_rule
@@ -42,8 +42,12 @@ class Request:
     reads_last: bool
 
 
-def exactness_refusal(request: Request, packing: Packing) -> str | None:
-    """Why the forward cannot be packed exactly, or without more memory than it takes padded."""
+def exactness_refusal(request: Request, packing: Packing, packed: Plan) -> str | None:
+    """Why the forward cannot be packed exactly, or without more memory than it takes padded.
+
+    Args:
+        packed: the plan of the packed tokens.
+    """
     plan, stack = request.plan, request.stack
     if request.settings.pad_output == "sdpa":
         return KEEPS_PADDING
@@ -61,12 +65,11 @@ def exactness_refusal(request: Request, packing: Packing) -> str | None:
         last = sequences.k_start + sequences.k_length == plan.visible
         if not (sequences.contiguous and last.all()):
             return "the last position counts, and may be padding"
-    return argument_refusal(packing, request.arguments) or attention_refusal(request)
+    return argument_refusal(packing, request.arguments) or attention_refusal(request, packed)
 
 
-def attention_refusal(request: Request) -> str | None:
+def attention_refusal(request: Request, packed: Plan) -> str | None:
     """Why attention over the packed tokens would need a mask of all tokens by all tokens."""
-    packed = packed_plan(request.plan)
     call = _call(request, packed)
     try:
         profile = profile_for(packed.device)
@@ -100,7 +103,7 @@ def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
     tokens = plan.batch * plan.q_len
     padding = tokens - plan.real_q
     work = float(padding * hidden**2)
-    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work)
+    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work, hidden)
     if rule is None:
         return False, "no rule of the profile says that it pays"
     # A profile without rules of its own goes by those of the default.

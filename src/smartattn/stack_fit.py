@@ -10,7 +10,7 @@ import numpy as np
 
 from .least_squares import FloatArray
 from .samples import Header, StackSample
-from .stack_rule import MAX_WORK, StackRule, StackWhen
+from .stack_rule import MAX_WIDTH, MAX_WORK, StackRule, StackWhen
 
 #: How much faster packing has to be before it counts as paying: what a rule promises must hold for
 #: other models too, and of plain "smart" nothing may be lost.
@@ -24,6 +24,8 @@ _ALIKE = 0.9
 _SAME = 0.95
 #: How far beyond the samples that contradict it a rule of the default begins to hold.
 _BEYOND = 2.0
+#: A forward that takes so much longer than the shortest one waits for the device, not for the host.
+_DEVICE_BOUND = 2.0
 
 
 def pays(sample: StackSample) -> bool:
@@ -54,8 +56,8 @@ def fit_stack_rules(
     speedups = np.array([sample.speedup for sample in samples])
     covered = np.zeros(len(samples), dtype=bool)
     rules = []
-    for when in _bounds(samples, kind):
-        inside = np.array([when.holds(kind, s.padding_share, s.spared_work) for s in samples])
+    for when in _bounds(samples, kind, _width(samples)):
+        inside = np.array([_holds(when, sample, kind) for sample in samples])
         because = f"{measured}: from there on {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
         covered |= inside
@@ -79,8 +81,7 @@ def _beyond(
     lost = [
         sample.spared_work
         for sample in samples
-        if sample.speedup < 1 + MARGIN
-        and rule.when.holds(kind, sample.padding_share, sample.spared_work)
+        if sample.speedup < 1 + MARGIN and _holds(rule.when, sample, kind)
     ]
     if not lost:
         return rule
@@ -90,9 +91,43 @@ def _beyond(
     return rule.model_copy(update={"when": when, "because": because})
 
 
-def _bounds(samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]) -> list[StackWhen]:
+def _holds(when: StackWhen, sample: StackSample, kind: Literal["cuda", "cpu"]) -> bool:
+    return when.holds(kind, sample.padding_share, sample.spared_work, sample.hidden)
+
+
+def _width(samples: Sequence[StackSample]) -> float | None:
+    """``StackWhen.width`` by the padded forwards of encoders of two sizes; None where unknown.
+
+    The time of a token / hidden size is a line over the hidden size: its height at 0, of the reads
+    and writes, over its slope. Narrow forwards that wait for the host would make it too high.
+    """
+    forwards = [s for s in samples if s.workload.mode == "forward" and not s.workload.causal]
+    if not forwards:
+        return None
+    shortest = min(sample.padded_us for sample in forwards)
+    times: dict[int, float] = {}
+    for sample in forwards:
+        if sample.padded_us >= _DEVICE_BOUND * shortest:
+            us = sample.padded_us * sample.hidden / sample.work / sample.layers
+            times[sample.hidden] = min(us, times.get(sample.hidden, math.inf))
+    if len(times) < 2:
+        return None
+    narrow, wide = min(times), max(times)
+    slope = (times[wide] - times[narrow]) / (wide - narrow)
+    height = times[narrow] - slope * narrow
+    # Wider layers are never quicker by themselves: such times say nothing.
+    if slope <= 0 or not 0 < height / slope <= MAX_WIDTH:
+        return None
+    return _rounded_down(height / slope, 2)
+
+
+def _bounds(
+    samples: Sequence[StackSample], kind: Literal["cuda", "cpu"], width: float | None
+) -> list[StackWhen]:
     """The least padding and work that are packed: more padding first, and with it less work."""
-    points = np.array([(sample.padding_share, sample.work) for sample in samples])
+    points = np.array(
+        [(s.padding_share, s.work * (1 + (width or 0.0) / s.hidden)) for s in samples]
+    )
     lost = points[[sample.speedup < 1 + MARGIN for sample in samples]]
     least: list[tuple[float, float]] = []
     for share, work in sorted(map(tuple, points[[pays(sample) for sample in samples]])):
@@ -109,6 +144,7 @@ def _bounds(samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]) -> lis
             device=kind,
             min_padding_share=_rounded_down(share),
             min_work=_rounded_down(work),
+            width=width,
         )
         for share, work in reversed(least)
     ]

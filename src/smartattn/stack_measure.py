@@ -77,8 +77,9 @@ def stages(device_kind: str) -> tuple[tuple[Stack, ...], ...]:
     small, middle, large = (512, 1024, 2048) if device_kind == "cuda" else (256, 256, 512)
     return (
         (Stack("encoder", middle, "forward"), Stack("decoder", large, "forward")),
-        (Stack("encoder", middle, "train"), Stack("decoder", large, "train")),
+        # A second size shows how much longer narrow layers take than their products.
         (Stack("encoder", small if small != middle else large, "forward"),),
+        (Stack("encoder", middle, "train"), Stack("decoder", large, "train")),
     )
 
 

@@ -10,6 +10,7 @@ from .machine import Record
 
 #: Largest bound of a rule on work, see :class:`StackWhen`.
 MAX_WORK = 1e20
+MAX_WIDTH = 1e5
 Work = Annotated[float, Field(ge=0.0, le=MAX_WORK)]
 
 
@@ -22,15 +23,28 @@ class StackWhen(Record):
     about 24 times as many. The work of the padded batch says whether its forward waits for the
     host, where packing gains nothing; the spared work is what has to outweigh the copies. Bounds
     are inclusive.
+
+    ``width`` is the hidden size at which a token's reads and writes take a device as long as its
+    matrix products: they grow with the hidden size, not with its square, so that narrow layers take
+    longer than their products. Work is tokens x hidden size x (hidden size + width) then.
     """
 
     device: Literal["cuda", "cpu"] | None = None
     min_padding_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     min_work: Work | None = None
     min_spared_work: Work | None = None
+    width: Annotated[float, Field(ge=0.0, le=MAX_WIDTH)] | None = None
 
-    def holds(self, device: str, padding_share: float, spared_work: float) -> bool:
-        """Whether the conditions hold for a batch."""
+    def holds(
+        self, device: str, padding_share: float, spared_work: float, hidden: int | None = None
+    ) -> bool:
+        """Whether the conditions hold for a batch.
+
+        Args:
+            spared_work: padding tokens x hidden size squared.
+        """
+        if self.width is not None and hidden:
+            spared_work *= 1 + self.width / hidden
         return (
             (self.device is None or device == self.device)
             and (self.min_padding_share is None or padding_share >= self.min_padding_share)
@@ -40,12 +54,13 @@ class StackWhen(Record):
 
     def __str__(self) -> str:
         phrases = []
+        work = "hidden^2" if not self.width else f"hidden x (hidden + {self.width:.0f})"
         if self.min_padding_share is not None:
             phrases.append(f"from {self.min_padding_share:.0%} padding on")
         if self.min_work is not None:
-            phrases.append(f"tokens x hidden^2 at least {self.min_work:.2g}")
+            phrases.append(f"tokens x {work} at least {self.min_work:.2g}")
         if self.min_spared_work is not None:
-            phrases.append(f"padding tokens x hidden^2 at least {self.min_spared_work:.2g}")
+            phrases.append(f"padding tokens x {work} at least {self.min_spared_work:.2g}")
         return ", ".join(phrases) or "otherwise"
 
 
@@ -59,10 +74,14 @@ class StackRule(Record):
 
 
 def stack_rule(
-    rules: tuple[StackRule, ...], device: str, padding_share: float, spared_work: float
+    rules: tuple[StackRule, ...],
+    device: str,
+    padding_share: float,
+    spared_work: float,
+    hidden: int | None = None,
 ) -> StackRule | None:
     """The first rule that holds for a batch on a kind of device."""
     for rule in rules:
-        if rule.when.holds(device, padding_share, spared_work):
+        if rule.when.holds(device, padding_share, spared_work, hidden):
             return rule
     return None
