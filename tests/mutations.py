@@ -318,8 +318,8 @@ MUTATIONS = (
     Mutation(
         "torch's varlen kernel runs without a causal bound",
         "backends/torch_varlen.py",
-        "window = (window[0], 0)",
-        "window = (window[0], -1)",
+        "window = (facts.window[0], 0)",
+        "window = (facts.window[0], -1)",
         MATRIX,
     ),
     Mutation(
