@@ -29,7 +29,7 @@ from smartattn.cost import Predictor
 from smartattn.evaluate import Judged, Policy, Regret
 from smartattn.features import Mode
 from smartattn.grid import Limits, limits
-from smartattn.machine import Device, identify, versions
+from smartattn.machine import Device, identify, processors, versions
 from smartattn.measure import Patience, free_memory, measure, warm_up
 from smartattn.profile import Profile
 from smartattn.samples import Header, Sample
@@ -135,6 +135,7 @@ def measured(
         seconds=time.monotonic() - start,
         complete=done >= wanted,
         excluded=excluded,
+        processors=processors(device),
     )
     return header, taken
 
@@ -276,10 +277,12 @@ def main(arguments: list[str] | None = None) -> int:
         }
     if given.folds:
         source = f"{given.folds} folds of {given.samples}"
-        judged["profile"] = evaluate.cross_validated(taken, made, device, given.folds)
+        judged["profile"] = evaluate.cross_validated(
+            taken, made, device, given.folds, processors=header.processors
+        )
         if (layer := made.surroundings) is not None:
             judged["profile, in a layer"] = evaluate.cross_validated(
-                taken, made, device, given.folds, surroundings=layer
+                taken, made, device, given.folds, surroundings=layer, processors=header.processors
             )
     elif made.run is not None and given.samples and made.run.raw_samples == given.samples.name:
         source += ", made from these very timings: --folds 10 would be fair"

@@ -53,6 +53,7 @@ FAULTS = ("tests/test_faults.py",)
 FUZZ = ("tests/test_fuzz.py", "-m", "not slow")
 REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
 STACKS = ("tests/test_stack_fit.py", "-x", "-k", "not real_calibration")
+FIT = ("tests/test_fit.py", "-x")
 PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
@@ -664,6 +665,41 @@ MUTATIONS = (
         "(lost >= _ALIKE * np.array((share, work))).all(axis=1).any()",
         "False",
         STACKS,
+    ),
+    Mutation(
+        "late hosts count as much as others",
+        "fit.py",
+        "_LATE_HOST = 0.1",
+        "_LATE_HOST = 1.0",
+        FIT,
+    ),
+    Mutation(
+        "decoding: a wave that is not full is shorter",
+        "features.py",
+        "math.ceil(blocks / slots) * mean",
+        "blocks / slots * mean",
+        FIT,
+    ),
+    Mutation(
+        "decoding: blocks split keys until no slot is empty",
+        "features.py",
+        "if blocks < _FULL * slots:",
+        "if blocks < slots:",
+        FIT,
+    ),
+    Mutation(
+        "features of another device's profile are used",
+        "cost.py",
+        " or seen.slots != slots",
+        "",
+        FIT,
+    ),
+    Mutation(
+        "few samples of a layout stay alone",
+        "fit.py",
+        "if len(group.samples) < _BENDING_SAMPLES:",
+        "if False:",
+        FIT,
     ),
     Mutation(
         "stacks: only the very same padding speaks against packing",

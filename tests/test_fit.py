@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,104 @@ def test_host_time_counts_where_the_device_is_faster() -> None:
     predictor = Predictor(fit_costs(samples, CUDA))
     assert true_us("sdpa", tiny) < 100
     assert predictor.predict("sdpa", plan, call) == pytest.approx(500.0, rel=0.05)
+
+
+def test_other_work_on_the_cores_does_not_count_as_launches() -> None:
+    """Most host times are longer than the launches take, some by several times; none is shorter."""
+    rng = np.random.default_rng(2)
+    samples = [
+        replace(sample, host_us=30.0 * (1.0 + rng.exponential(0.7)))
+        for sample in samples_of(drawn(40))
+    ]
+    assert np.median([sample.host_us for sample in samples]) > 40
+    tiny = Workload("forward", True, "left", "bfloat16", 2, 16, 16, 4, 4, 64, 0, 0, 0.3)
+    plan, call = tiny.plan(CUDA), tiny.call(CUDA)
+    found = Predictor(fit_costs(samples, CUDA)).predict("sdpa", plan, call)
+    assert found is not None
+    assert 25 < found < 38
+
+
+def block_keys(batch: int, kv_len: int, slots: int, kv_heads: int = 4, **changes: Any) -> float:
+    """10^3 keys that the busiest block of a decoding step walks."""
+    step = Workload("decode", False, "none", "bfloat16", batch, 1, kv_len, 8, kv_heads, 64)
+    step = replace(step, **changes)
+    amounts = features(step.plan(CUDA), step.call(CUDA), slots)
+    return dict(zip(FEATURES, amounts, strict=True))["block_keys"]
+
+
+def test_the_busiest_block_of_a_decoding_step() -> None:
+    # 8 blocks share what they have to read among 100 slots.
+    assert block_keys(2, 1000, 100) == pytest.approx(8 * 1000 / 100 * 1e-3)
+    # 100 blocks are one wave, 104 are two.
+    assert block_keys(25, 1000, 100) == pytest.approx(1.0)
+    assert block_keys(26, 1000, 100) == pytest.approx(2.0)
+    # 84 blocks leave a few slots empty rather than split the keys.
+    assert block_keys(21, 1000, 100) == pytest.approx(1.0)
+    # No wave is shorter than its longest sequence.
+    padded = {"side": "left", "padding_share": 0.8, "spread": "skewed"}
+    assert block_keys(25, 1000, 100, **padded) == pytest.approx(1.0)
+    # More heads of a group than one block takes.
+    many = block_keys(25, 1000, 100, heads=71, kv_heads=1)
+    assert many == pytest.approx(50 * 1000 / 100 * 1e-3)
+
+
+def test_the_busiest_block_is_unknown_without_slots_and_of_one_query_only() -> None:
+    assert block_keys(25, 1000, 0) == 0
+    assert block_keys(25, 1000, 100, mode="forward", q_len=1000) == 0
+
+
+def waving(processors: int, count: int = 80, seed: int = 0) -> list[Sample]:
+    """Decoding that takes as long as its busiest block."""
+    decode = grid.Family("decode", False, ("none",), "bfloat16", 64)
+    found = []
+    for index, workload in enumerate(drawn(count, seed, decode)):
+        amounts = features(workload.plan(CUDA), workload.call(CUDA), 2 * processors)
+        us = 5.0 + 30.0 * dict(zip(FEATURES, amounts, strict=True))["block_keys"]
+        found.append(Sample(index, workload, "sdpa", "ok", 1.0, 0.0, us, 0.01, 5))
+    return found
+
+
+def test_waves_of_blocks_are_fitted_where_the_processors_are_known() -> None:
+    def worst_error(predictor: Predictor) -> float:
+        errors = []
+        for sample in waving(132, seed=3):
+            plan, call = sample.workload.plan(CUDA), sample.workload.call(CUDA)
+            found = predictor.predict(sample.backend, plan, call)
+            assert found is not None
+            errors.append(abs(np.log(found / sample.device_us)))
+        return float(np.quantile(errors, 0.9))
+
+    known, unknown = (fit_costs(waving(132), CUDA, number) for number in (132, None))
+    assert {cost.slots for cost in known} == {264}
+    assert {cost.slots for cost in unknown} == {0}
+    assert worst_error(Predictor(known)) < 0.05
+    assert worst_error(Predictor(unknown)) > 2 * worst_error(Predictor(known))
+
+
+def test_predictions_of_two_devices_for_one_plan_do_not_mix() -> None:
+    (cost, *_) = fit_costs(waving(132), CUDA, 132)
+    one, other = Predictor([cost]), Predictor([cost.model_copy(update={"slots": 20})])
+    step = Workload("decode", False, "none", "bfloat16", 64, 1, 4096, 8, 8, 64)
+    plan, call = step.plan(CUDA), step.call(CUDA)
+    first = one.predict("sdpa", plan, call)
+    assert other.predict("sdpa", plan, call) > 2 * first
+    assert one.predict("sdpa", plan, call) == first
+
+
+def test_a_layout_with_few_samples_learns_from_the_other() -> None:
+    """Two decoding steps without padding, and many with it: the work per key is the same."""
+    plain = grid.Family("decode", False, ("none",), "bfloat16", 64)
+    padded = grid.Family("decode", False, ("left",), "bfloat16", 64)
+    samples = samples_of(drawn(2, family=plain)) + samples_of(drawn(30, seed=4, family=padded))
+    costs = fit_costs(samples, CUDA)
+    assert {cost.layout for cost in costs} == {"plain", "padded"}
+    predictor = Predictor(costs)
+    errors = []
+    for workload in drawn(20, seed=6, family=plain):
+        found = predictor.predict("sdpa", workload.plan(CUDA), workload.call(CUDA))
+        assert found is not None
+        errors.append(abs(found / true_us("sdpa", workload) - 1))
+    assert np.median(errors) < 0.1
 
 
 def test_a_cpu_has_one_time_only() -> None:

@@ -19,7 +19,7 @@ from .backends import BACKENDS, Backend
 from .fit import fit_profile
 from .grid import RunMode
 from .health import Watch
-from .machine import Device, identify, one_line, versions
+from .machine import Device, identify, one_line, processors, versions
 from .measure import Patience, free_memory, measure, release, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError, StackSample
@@ -410,6 +410,7 @@ class _Sweep:
             complete=complete,
             excluded=self.excluded,
             cold=self.request.cold,
+            processors=processors(self.request.device),
             surroundings=self.surroundings,
             complaints=tuple(self.watch.complaints()),
         )
@@ -427,7 +428,8 @@ class _Sweep:
         except SamplesError:
             return
         wanted = self._header(header.seconds, complete=False)
-        unlike = {"date", "backends", "excluded", "complete", "complaints", "surroundings"}
+        unlike = {"date", "backends", "excluded", "complete", "complaints"}
+        unlike |= {"processors", "surroundings"}
         if header.model_dump(exclude=unlike) == wanted.model_dump(exclude=unlike):
             self.taken, self.excluded = taken, dict(header.excluded)
             self.stacks, self.surroundings = stacks, header.surroundings

@@ -64,6 +64,8 @@ class Cost(Record):
     #: Logarithm of what ``device_us`` is multiplied by, in the terms of :func:`bend_terms`; empty
     #: if too little was measured to tell.
     bend: tuple[Term, ...] = ()
+    #: Thread blocks that the device runs at once, for the feature ``block_keys``; 0 if unknown.
+    slots: Annotated[int, Field(ge=0, le=10**6)] = 0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
     samples: Annotated[int, Field(ge=1, le=10**9)]
@@ -127,6 +129,8 @@ class Predictor:
     def __init__(self, costs: Sequence[Cost], surroundings: Surroundings | None = None) -> None:
         self._surroundings = surroundings
         self._models: dict[Any, list[_Model]] = {}
+        # They are those of one device.
+        self._slots = max((cost.slots for cost in costs), default=0)
         for cost in costs:
             model = _Model(
                 head_dim=cost.head_dim,
@@ -153,7 +157,7 @@ class Predictor:
 
     def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
         """Time, memory and error of a call, None where no model covers it."""
-        seen = _seen(plan, call)
+        seen = _seen(plan, call, self._slots)
         regime, amounts = seen.regime, seen.amounts
         if regime is None:
             return None
@@ -215,6 +219,7 @@ def bend_factor(bend: Sequence[float], terms: Sequence[float]) -> float:
 
 class _Seen(NamedTuple):
     call: Call
+    slots: int
     regime: Regime | None
     amounts: tuple[float, ...] = ()
     terms: tuple[float, ...] = ()
@@ -224,12 +229,13 @@ class _Seen(NamedTuple):
 _LAST: WeakKeyDictionary[Plan, _Seen] = WeakKeyDictionary()
 
 
-def _seen(plan: Plan, call: Call) -> _Seen:
+def _seen(plan: Plan, call: Call, slots: int) -> _Seen:
     seen = _LAST.get(plan)
-    if seen is None or seen.call is not call:
+    if seen is None or seen.call is not call or seen.slots != slots:
         regime = regime_of(plan, call)
-        seen = _Seen(call, regime)
+        seen = _Seen(call, slots, regime)
         if regime is not None:
-            seen = _Seen(call, regime, features(plan, call), bend_terms(plan, call))
+            amounts = features(plan, call, slots)
+            seen = _Seen(call, slots, regime, amounts, bend_terms(plan, call))
         _LAST[plan] = seen
     return seen

@@ -153,6 +153,7 @@ def cross_validated(
     folds: int,
     seed: int = 0,
     surroundings: Surroundings | None = None,
+    processors: int | None = None,
 ) -> list[Judged]:
     """Every workload, under costs that are fitted to the others.
 
@@ -160,6 +161,7 @@ def cross_validated(
         profile: whose rules hold where nothing is left to fit.
         folds: parts that the workloads are cut into; as many as workloads leaves one out each.
         surroundings: see :func:`timings`.
+        processors: see :func:`~smartattn.fit.fit_costs`.
     """
     workloads = list(dict.fromkeys(sample.workload for sample in samples))
     order = np.random.default_rng(seed).permutation(len(workloads))
@@ -168,6 +170,7 @@ def cross_validated(
     for fold in range(min(folds, len(workloads))):
         rest = [sample for sample in samples if part[sample.workload] != fold]
         out = [sample for sample in samples if part[sample.workload] == fold]
-        fitted = profile.model_copy(update={"costs": tuple(fit_costs(rest, device))})
+        costs = fit_costs(rest, device, processors)
+        fitted = profile.model_copy(update={"costs": tuple(costs)})
         judged += judge(out, by_profile(fitted, surroundings), device, surroundings)
     return judged

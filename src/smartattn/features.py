@@ -43,6 +43,7 @@ FEATURES: dict[str, str] = {
     "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
+    "block_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
     "sequence_pairs": "real_pairs, or visible_pairs of right padding that is not worth skipping",
 }
 
@@ -61,6 +62,11 @@ SIZES: dict[str, tuple[float, float]] = {
 BEND_TERMS = 1 + len(SIZES) + len(SIZES) * (len(SIZES) + 1) // 2
 #: Sizes beyond this many half widths count as that many.
 _SIZE_LIMIT = 2.0
+
+
+#: Heads of a group that share a thread block in decoding, and the share of the slots from which
+#: blocks fill a device without splitting keys: both are constants of the kernels' own heuristic.
+_BLOCK_HEADS, _FULL = 64, 0.8
 
 
 class Regime(NamedTuple):
@@ -111,8 +117,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def features(plan: Plan, call: Call) -> tuple[float, ...]:
-    """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
+def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
+    """The amounts of work in a call, in the order and units of :data:`FEATURES`.
+
+    Args:
+        slots: thread blocks that the device runs at once; 0 if unknown.
+    """
     pack_queries = packs_queries(plan, call)
     facts = _facts(plan)
     heads, kv_heads, visible = call.heads, call.kv_heads, plan.visible
@@ -146,6 +156,7 @@ def features(plan: Plan, call: Call) -> tuple[float, ...]:
         visible * 1e-3,
         facts.walked * 1e-3,
         facts.groups * (queries * heads + 2 * keys * kv_heads),
+        _block_keys(plan, call, facts, slots) * 1e-3 if slots and call.q_len == 1 else 0.0,
         visible_pairs if whole else real_pairs,
     )
 
@@ -172,6 +183,22 @@ def _facts(plan: Plan) -> _Facts:
     if plan.padding in (Padding.LEFT, Padding.RIGHT):
         return _Facts(len(lengths), len(distinct), sum(distinct), longest)
     return _Facts(len(lengths), len(lengths), sum(lengths), longest)
+
+
+def _block_keys(plan: Plan, call: Call, facts: _Facts, slots: int) -> float:
+    """Keys that the busiest of the blocks walks which run at once, for one query per sequence.
+
+    Few blocks split the keys of a sequence until all slots are busy. Others do not, and come in
+    waves: the last one takes as long as a full one, and none is shorter than its longest sequence.
+    Source: ``num_splits_heuristic`` in csrc/flash_attn/flash_api.cpp of flash-attention.
+    """
+    blocks = facts.sequences * call.kv_heads * math.ceil(call.group_size / _BLOCK_HEADS)
+    if not blocks:
+        return 0.0
+    mean = plan.real_k / facts.sequences
+    if blocks < _FULL * slots:
+        return blocks * mean / slots
+    return max(facts.longest, math.ceil(blocks / slots) * mean)
 
 
 def bend_terms(plan: Plan, call: Call) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,6 +26,10 @@ _FOLDS = 5
 _PRIOR_SAMPLES = 10.0
 #: First calls that take less than this longer allocate and look up; they do not build kernels.
 _BUILDING_US = 5_000.0
+#: What a host time counts that is longer than predicted: other work on the cores only ever adds.
+_LATE_HOST = 0.1
+#: Thread blocks per multiprocessor that kernels for one query reckon with when they split keys.
+_BLOCKS_PER_PROCESSOR = 2
 #: Largest log error that one left-out sample counts for.
 _WORST_MISS = 1.5
 
@@ -43,6 +47,7 @@ def _columns(*names: str) -> FloatArray:
 _WALKS = (
     _columns(
         "call",
+        "block_keys",
         "sequences",
         "dense_pairs",
         "visible_pairs",
@@ -54,6 +59,7 @@ _WALKS = (
     ),
     _columns(
         "call",
+        "block_keys",
         "groups",
         "sequences",
         "sequence_pairs",
@@ -65,6 +71,7 @@ _WALKS = (
     ),
     _columns(
         "call",
+        "block_keys",
         "groups",
         "real_pairs",
         "dense_queries",
@@ -114,12 +121,16 @@ _Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]
 _Known: TypeAlias = tuple[Regime, tuple[float, ...], tuple[float, ...]] | None
 
 
-def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
+def fit_costs(
+    samples: Iterable[Sample], device: torch.device, processors: int | None = None
+) -> list[Cost]:
     """Fits a model per backend and regime.
 
     Args:
         device: of the kind that was measured; it need not exist here.
+        processors: its multiprocessors; None if unknown.
     """
+    slots = _BLOCKS_PER_PROCESSOR * (processors or 0)
     rows: dict[tuple[str, Regime], list[_Row]] = defaultdict(list)
     known: dict[Workload, _Known] = {}
     for sample in samples:
@@ -130,7 +141,8 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
             regime = regime_of(plan, call)
             known[sample.workload] = None
             if regime is not None:
-                known[sample.workload] = regime, features(plan, call), bend_terms(plan, call)
+                amounts = features(plan, call, slots)
+                known[sample.workload] = regime, amounts, bend_terms(plan, call)
         facts = known[sample.workload]
         if facts is not None:
             rows[sample.backend, facts[0]].append((facts[1], facts[2], sample))
@@ -151,6 +163,8 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
     for group in groups:
         group.best_rate = rates[group.regime.mode, group.regime.dtype]
         group.kin = [other for other in groups if other is not group and group.is_kin_of(other)]
+        if len(group.samples) < _BENDING_SAMPLES:
+            group.siblings = [other for other in groups if group.is_sibling_of(other)]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
     for group in groups:
@@ -160,6 +174,7 @@ def fit_costs(samples: Iterable[Sample], device: torch.device) -> list[Cost]:
         for group in groups
         for cost in group.costs(
             _WALKS[int(misses[group.backend, group.regime.layout].argmin())],
+            slots,
             host=device.type != "cpu",
         )
     ]
@@ -203,13 +218,20 @@ class _Group:
         self.device_us = np.array([sample.device_us for sample in self.samples])
         #: The lowest time per unit of ``_NEEDED`` of any backend in this mode and dtype.
         self.best_rate = 0.0
-        #: Groups of the same kernels.
+        #: Groups of the same kernels, and of the same backend in another layout.
         self.kin: list[_Group] = []
+        self.siblings: list[_Group] = []
 
     def is_kin_of(self, other: _Group) -> bool:
         """Whether both run the same kernels."""
         same = self.regime == other.regime and self.regime.mode == "train"
         return same and {self.backend, other.backend} <= _KIN
+
+    def is_sibling_of(self, other: _Group) -> bool:
+        """Whether both differ in having padding alone, which the amounts of work tell of."""
+        layouts = {self.regime.layout, other.regime.layout}
+        same = self.regime == other.regime._replace(layout=self.regime.layout)
+        return self.backend == other.backend and same and layouts == {"plain", "padded"}
 
     def rate(self) -> float:
         """The lowest time per unit of the work that nobody can avoid."""
@@ -242,18 +264,23 @@ class _Group:
                 missed[place] += float(np.minimum(errors, _WORST_MISS).sum())
         return missed
 
-    def costs(self, columns: FloatArray, host: bool) -> list[Cost]:
+    def costs(self, columns: FloatArray, slots: int, host: bool) -> list[Cost]:
         """The models, of the features that ``columns`` has ones for."""
-        if len(self.samples) < FEWEST:
+        alike = [self, *self.siblings]
+        if sum(len(group.samples) for group in alike) < FEWEST:
             return []
         least = self._least(columns)
-        amounts = np.concatenate([self.amounts, *[other.amounts for other in self.kin]])
-        device_us = np.concatenate([self.device_us, *[other.device_us for other in self.kin]])
+        amounts = np.concatenate([group.amounts for group in alike + self.kin])
+        device_us = np.concatenate([group.device_us for group in alike + self.kin])
         pooled = relative_fit(amounts * columns, device_us, least=least)
         # The host runs the same code whatever the head_dim.
-        launches = self._fitted(_LAUNCHES, [s.host_us for s in self.samples] if host else [])
-        prepare = self._fitted(_PREPARED, [s.prepare_us for s in self.samples])
-        memory = self._fitted(_ALLOCATED, [float(s.peak_bytes) for s in self.samples])
+        launches = np.zeros(len(FEATURES))
+        if host:
+            # A mask costs launches of its own: other layouts only stand in for what is unknown.
+            known = [self] if len(self.samples) >= FEWEST else alike
+            launches = _fitted(known, _LAUNCHES, lambda s: s.host_us, above=_LATE_HOST)
+        prepare = _fitted([self], _PREPARED, lambda s: s.prepare_us)
+        memory = _fitted([self], _ALLOCATED, lambda s: float(s.peak_bytes))
         device = [
             relative_fit(
                 table.amounts * columns,
@@ -266,7 +293,7 @@ class _Group:
         ]
         bend = self._bend(device)
         return [
-            self._cost(table, coefficients, bend, launches, prepare, memory)
+            self._cost(table, coefficients, bend, launches, prepare, memory, slots)
             for table, coefficients in zip(self.tables, device, strict=True)
         ]
 
@@ -287,14 +314,6 @@ class _Group:
             bend = np.linalg.solve(weighted.T @ terms + held, weighted.T @ left)
         return bend
 
-    def _fitted(self, columns: FloatArray, values: list[float]) -> FloatArray:
-        """Coefficients of what is modelled for the group as a whole; zeros if nothing is known."""
-        measured = np.array(values)
-        known = measured > 0
-        if known.sum() < FEWEST:
-            return np.zeros(len(FEATURES))
-        return relative_fit(self.amounts[known] * columns, measured[known])
-
     def _cost(
         self,
         table: _Table,
@@ -303,6 +322,7 @@ class _Group:
         launches: FloatArray,
         prepare: FloatArray,
         memory: FloatArray,
+        slots: int,
     ) -> Cost:
         amounts, per_dim = table.amounts, _per_dim(table.regime)
         busy = amounts @ device
@@ -324,11 +344,31 @@ class _Group:
             error=float(f"{np.median(errors):.3g}"),
             build_us=_build_us(self.samples),
             bend=() if bend is None else tuple(float(f"{term:.4g}") for term in bend),
+            slots=slots if device[_PLACES["block_keys"]] else 0,
             # The coefficients come from all of the group's samples, and so does their reach.
             longest_kv_len=max(sample.workload.kv_len for sample in self.samples),
             samples=len(table.samples),
             median_error=round(float(np.median(np.abs(predicted - measured) / measured)), 4),
         )
+
+
+def _fitted(
+    groups: Sequence[_Group],
+    columns: FloatArray,
+    value: Callable[[Sample], float],
+    above: float = 1.0,
+) -> FloatArray:
+    """Coefficients of what is modelled for groups as a whole; zeros if nothing is known.
+
+    Args:
+        above: see :func:`~smartattn.least_squares.relative_fit`.
+    """
+    amounts = np.concatenate([group.amounts for group in groups])
+    measured = np.array([value(sample) for group in groups for sample in group.samples])
+    known = measured > 0
+    if known.sum() < FEWEST:
+        return np.zeros(len(FEATURES))
+    return relative_fit(amounts[known] * columns, measured[known], above=above)
 
 
 def _build_us(samples: Sequence[Sample]) -> float:
@@ -367,7 +407,7 @@ def fit_profile(
     """
     device = torch.device(header.device.kind)
     usable = [sample for sample in samples if sample.backend not in header.excluded]
-    costs = fit_costs(usable, device)
+    costs = fit_costs(usable, device, header.processors)
     kept = []
     for rule in rules:
         prefer = tuple(name for name in rule.prefer if name not in header.excluded)

@@ -61,6 +61,7 @@ def relative_fit(
     least: FloatArray | None = None,
     strength: float = 1.0,
     rounds: int = 5,
+    above: float = 1.0,
 ) -> FloatArray:
     """Coefficients >= 0 with the smallest squared relative errors; outliers count less.
 
@@ -73,6 +74,8 @@ def relative_fit(
         times: (samples,) in microseconds, positive.
         prior: (features,) coefficients that each count as much as ``strength`` samples.
         least: (features,) what the coefficients are at least; zeros if not given.
+        above: what a sample that took longer than predicted counts; far below 1 the fit is the
+            lower edge of the samples.
     """
     low = np.zeros(amounts.shape[1]) if least is None else least
     goal = low if prior is None else prior
@@ -88,7 +91,8 @@ def relative_fit(
         )
         predicted = np.clip(amounts @ coefficients, times / _CREDIBLE, times * _CREDIBLE)
         errors = log_errors(amounts @ coefficients, times)
-        weights = np.sqrt(outlier_weights(errors)) / np.sqrt(predicted * times)
+        counts = outlier_weights(errors) * np.where(times > predicted, above, 1.0)
+        weights = np.sqrt(counts / (predicted * times))
     return coefficients
 
 

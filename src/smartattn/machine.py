@@ -91,6 +91,13 @@ def identify(device: torch.device) -> Device | None:
     return None
 
 
+def processors(device: torch.device) -> int | None:
+    """How many multiprocessors a GPU has; None for other kinds."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def versions(kind: str) -> Versions:
     """The versions in this process, those of CUDA only for devices of that kind."""
     cuda = kind == "cuda"

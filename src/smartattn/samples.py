@@ -131,6 +131,8 @@ class Header(Record):
     excluded: dict[BackendName, Sentence] = Field(default={}, max_length=64)
     #: The caches were flushed before every timed call.
     cold: bool = False
+    #: Multiprocessors of a GPU; None if unknown, as in files of before.
+    processors: Annotated[int, Field(ge=1, le=10**5)] | None = None
     #: The rest of a layer, None where host and device are the same.
     surroundings: Surroundings | None = None
     #: What makes the timings doubtful: other work on the device, throttling.
