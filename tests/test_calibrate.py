@@ -358,8 +358,12 @@ def test_what_builds_kernels_for_each_shape_is_left_out_of_every_second_workload
 ) -> None:
     patience = Patience(0.5, thrifty=True)
     monkeypatch.setattr("smartattn.measure._PREPARED", 0)
+    monkeypatch.setattr("smartattn.measure._BUILT", 4)
     found: dict[int, list[str]] = {0: [], 1: []}
     for seed in range(8):
+        # Of each kind some are timed in any case.
+        assert patience.spares("builds", replace(SMALL, seed=9)) == (seed >= 4)
+        assert not patience.spares("builds", replace(SMALL, seed=9, side="none"))
         workload = replace(SMALL, seed=seed)
         for backend, seconds in (("builds", 0.04), ("takes", 0.001), ("sdpa", 0.001)):
             first = samples.Sample(0, workload, backend, "ok", first_us=seconds * 1e6)

@@ -34,6 +34,8 @@ _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
 #: Workloads of a kind whose preparation is timed whatever their seed.
 _PREPARED = 12
+#: Workloads of a kind on which a backend that builds kernels is timed whatever their seed.
+_BUILT = 8
 #: Seconds of a first run above which kernels are built for the shape.
 _BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
@@ -52,23 +54,26 @@ class Patience:
     #: Longest first run that is waited for.
     seconds: float
     #: Leave a backend that builds kernels for each shape out of every second workload that others
-    #: can be compared on: it takes many times as long as they do, and half as much tells enough.
+    #: can be compared on, once some of the kind are known: it takes many times as long as they do.
     #: Likewise preparation is timed on every third workload alone, once some of its kind are known.
     thrifty: bool = False
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     _prepared: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
+    _timed: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
 
     def learn(self, sample: Sample) -> None:
         """Takes note of a first run."""
         if sample.first_us > 0:
             groups = _groups(sample.workload)
             self._seen[sample.backend].append((groups, sample.first_us * 1e-6))
+            self._timed[(sample.backend, sample.workload.mode, sample.workload.side)] += 1
 
     def spares(self, backend: str, workload: Workload) -> bool:
         """Whether a workload is one that a backend is left out of."""
         seconds = [seconds for _, seconds in self._seen[backend]]
         builds = len(seconds) >= _FEWEST_FIRST_RUNS and float(np.median(seconds)) > _BUILDS
-        return self.thrifty and builds and workload.seed % 2 == 1
+        known = self._timed[(backend, workload.mode, workload.side)] >= _BUILT
+        return self.thrifty and builds and known and workload.seed % 2 == 1
 
     def times_preparation(self, workload: Workload) -> bool:
         """Whether what is made once per forward is timed on a workload; asked once of each."""
