@@ -313,11 +313,13 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
     extension, package = flash_attention_2._extension(), flash_attention_2._package()
     operator, why = flash_attention_3._operator()
     aten, varlen = torch_varlen._operator(), torch_varlen._varlen_attn()
+    dense = torch_varlen._dense_operator()
     stand_ins: list[tuple[Any, str, Any]] = [
         (flash_attention_2, "_extension", extension and _Namespace(extension, calls)),
         (flash_attention_2, "_package", (_Namespace(package[0], calls), *package[1:])),
         (flash_attention_3, "_operator", (_Recorder(operator, calls), why)),
         (torch_varlen, "_operator", aten and _Recorder(aten, calls)),
+        (torch_varlen, "_dense_operator", dense and _Recorder(dense, calls)),
         (torch_varlen, "_varlen_attn", (_Recorder(varlen[0], calls), *varlen[1:])),
     ]
     functional = torch.nn.functional

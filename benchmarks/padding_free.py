@@ -29,6 +29,8 @@ IDEAL = "ideal"
 WAYS = ("sdpa", "flash_attention_2", "smart", PADDING_FREE, IDEAL)
 #: What a user has without smartattn.
 OTHERS = ("sdpa", "flash_attention_2")
+#: Milliseconds below which a call is run once, untimed, after the model was set up for it.
+BRIEF = 50.0
 
 
 def workloads() -> Iterator[Workload]:
@@ -220,8 +222,12 @@ def measure(
     order = list(times)
     for count in range(1, rounds + 1):
         for name in order:
+            run = packed if name == IDEAL else padded
             with way(name, model, always):
-                times[name].append(timed(packed if name == IDEAL else padded, device)[0])
+                # A model is set up once and called often; first calls are told elsewhere.
+                if not times[name] or times[name][-1] < BRIEF:
+                    run()
+                times[name].append(timed(run, device)[0])
         order.append(order.pop(0))
         if count >= FEWEST_ROUNDS and time.perf_counter() > end:
             break

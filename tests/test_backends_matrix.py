@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from smartattn import tails
 from smartattn.backends import (
     Backend,
     base,
@@ -179,6 +180,25 @@ def _flash_attention_forward(
     ]
 
 
+def _scaled_dot_product_flash_attention(
+    q: Any, k: Any, v: Any, dropout: float, causal: bool, debug: bool, *, scale: Any
+) -> list[torch.Tensor]:
+    states = [states.transpose(1, 2) for states in (q, k, v)]
+    _check_flash_arguments(*states)
+    window = (-1, 0 if causal else -1)
+    return [dense_attention(*states, scale=scale, window=window).transpose(1, 2)]
+
+
+def _clear_tails(values: torch.Tensor, layout: Any) -> None:
+    """Padding that the kernel may load is what lies between a sequence's end and the next one."""
+    bounds = layout.cu_seqlens_k.tolist()
+    assert len(bounds) == 2 * len(layout.used_k[1::2]) + 2
+    for end, following in zip(bounds[2::2], bounds[3::2], strict=True):
+        tail = values[end:following]
+        if not tail.isfinite().all():
+            tail.nan_to_num_(0.0, 0.0, 0.0)
+
+
 def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
     given = dict(zip(flash_attention_3._ARGUMENTS, arguments, strict=True))
     options = {name: given.pop(name) for name in ("softmax_scale", "softcap")}
@@ -218,6 +238,11 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention_3, "has", lambda feature, device: True)
     monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: (_varlen_attn, {"enable_gqa"}, None))
     monkeypatch.setattr(torch_varlen, "_operator", lambda: _flash_attention_forward)
+    monkeypatch.setattr(
+        torch_varlen, "_dense_operator", lambda: _scaled_dot_product_flash_attention
+    )
+    monkeypatch.setattr(tails, "unavailable", lambda device: None)
+    monkeypatch.setattr(tails, "clear_tails", _clear_tails)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .backends.flash import skipping_pays
+from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
 from .call import Call
 from .packing import packs_queries
@@ -27,6 +27,7 @@ FEATURES: dict[str, str] = {
     "call": "1 per call",
     "groups": "kernel launches if each group of sequences gets its own",
     "gathers": "1 if keys lie as a cache concatenates them and are not all real: rows to collect",
+    "sequenced": "1 if rows are told apart as sequences, since padding is not first and last keys",
     "sequences": "10^3 sequences x heads",
     "dense_pairs": "10^6 (query, key) pairs x heads, masked ones included",
     "visible_pairs": "10^6 (query, key) pairs x heads that the causal pattern leaves of those",
@@ -135,11 +136,14 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
     hidden = call.q_len - 1 if plan.is_causal else 0
     visible_pairs = max(0.0, dense - queries * hidden * 0.5e-3) * heads
     whole = plan.is_padded and needs_no_mask(plan, call) and not skipping_pays(plan, call)
+    padded = plan.is_padded and not whole
+    sequenced = padded and (call.grad or not bounds_suffice(plan, call))
     concatenated = not call.token_major_keys
     return (
         1.0,
         facts.groups,
         1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
+        1.0 if sequenced else 0.0,
         facts.sequences * heads * 1e-3,
         dense * heads,
         visible_pairs,

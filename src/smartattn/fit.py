@@ -61,6 +61,7 @@ _WALKS = (
         "call",
         "block_keys",
         "groups",
+        "sequenced",
         "sequences",
         "sequence_pairs",
         "dense_queries",
@@ -94,7 +95,7 @@ _NEEDED_AS = {
 _CREDIBLE_RATE = 0.5
 _PLACES = {name: place for place, name in enumerate(FEATURES)}
 #: The host does not see how much work a launch is, only how many launches there are.
-_LAUNCHES = _columns("call", "groups", "gathers")
+_LAUNCHES = _columns("call", "groups", "gathers", "sequenced")
 #: What is made once per forward: indices, masks, and what a kernel builds for lengths new to it.
 _PREPARED = _columns("call", "groups", "sequences", "mask_pairs", "real_queries", "real_keys")
 #: Tensors that a call allocates: copies, masks, outputs and, for a backward, what it kept.
@@ -114,7 +115,7 @@ _ALLOCATED = _columns(
 #: something of the other.
 _KIN = frozenset({"flash_attention_2", "torch_varlen"})
 #: Coefficients that grow with head_dim.
-_SCALES = 1.0 - _columns("call", "groups", "gathers", "sequences", "mask_pairs")
+_SCALES = 1.0 - _columns("call", "groups", "gathers", "sequenced", "sequences", "mask_pairs")
 
 
 _Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]

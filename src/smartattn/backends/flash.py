@@ -35,9 +35,9 @@ _SPARED_TOKENS = 192
 #: Queries per row from which padding is left in place by kernels with a backward: its workspace has
 #: room for another 128 tokens per sequence, and padding makes up to two more of each.
 BACKWARD_QUERIES = 256
-#: At this many keys, copying one key/value head takes as long as the attention of one query head:
-#: about four times the operations that a GPU does while it moves a byte.
-_COPIED_KEYS = 512
+#: At this many keys, copying one key/value head takes as long as the attention of one query head
+#: by the fastest of these kernels.
+_COPIED_KEYS = 1024
 
 
 def route(

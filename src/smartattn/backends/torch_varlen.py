@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,6 +72,27 @@ def _operator() -> Any | None:
     return operator.default if known else None
 
 
+#: The arguments of SDPA's own entry to the dense kernel that are used here.
+_DENSE_ARGUMENTS = (
+    *("query", "key", "value", "dropout_p", "is_causal", "return_debug_mask"),
+    "scale",
+)
+
+
+@functools.cache
+def _dense_operator() -> Any | None:
+    """SDPA's own entry to the dense kernel, if it has the known arguments.
+
+    It takes the tensors as Transformers hands them over, which saves the host three views. It knows
+    no window.
+    """
+    operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+    if operator is None:
+        return None
+    names = tuple(a.name for a in operator.default._schema.arguments)
+    return operator.default if names == _DENSE_ARGUMENTS else None
+
+
 class TorchVarlenBackend(Backend):
     """The kernels of ``torch.nn.attention.varlen``: no package beside torch is needed.
 
@@ -108,6 +130,9 @@ class TorchVarlenBackend(Backend):
         how = route(plan, call, key_bounds=False, in_place=True, used_keys=thin, dense=thin)
         facts = Facts.of(plan, call)
         if how is Route.DENSE:
+            whole = facts.window == (-1, -1) and plan.visible == call.kv_len
+            if whole and (dense := _dense_operator()) is not None:
+                return _bind_whole(dense, facts)
             return bind_dense(_dense(operator, facts), plan, call)
         kernel = _varlen(operator, facts) if thin else _public(facts, call)
         return bind_varlen(kernel, how, plan, call, used_keys=thin)
@@ -138,6 +163,26 @@ def _dense(operator: Any, facts: Facts) -> DenseKernel:
         return output
 
     return kernel
+
+
+def _bind_whole(operator: Any, facts: Facts) -> Runner:
+    scale, causal = facts.scale, facts.causal
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        output: torch.Tensor = operator(
+            unit_stride(query),
+            unit_stride(key),
+            unit_stride(value),
+            0.0,
+            causal,
+            False,
+            scale=scale,
+        )[0]
+        return output.transpose(1, 2)
+
+    return run
 
 
 def _varlen(operator: Any, facts: Facts) -> VarlenKernel:
