@@ -36,7 +36,7 @@ BUDGETS: Mapping[tuple[str, RunMode], float] = {
     ("cpu", "quick"): 30.0,
     ("cuda", "quick"): 17.0,
     ("cpu", "default"): 120.0,
-    ("cuda", "default"): 104.0,
+    ("cuda", "default"): 102.0,
 }
 #: Seconds between two writes of the raw samples.
 _SAVE_EVERY = 3.0

@@ -104,7 +104,10 @@ class FlashAttention3Backend(Backend):
         return None if self.unavailable() is None else "pip install fa3-fwd"
 
     def handicap(self, device: torch.device) -> str | None:
-        if self.unavailable() is not None or (reason := tails.unavailable(device)) is None:
+        if device.type != "cuda" or self.unavailable() is not None:
+            return None
+        reason = tails.unavailable(device)
+        if reason is None:
             return None
         return f"padded batches are gathered, since {reason}"
 
