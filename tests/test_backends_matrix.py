@@ -849,6 +849,36 @@ def test_nan_in_padding_stays_there_on_a_gpu(backend: Backend, name: str) -> Non
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", REAL[2:], ids=_label)
+def test_nan_behind_long_rows_stays_there_on_a_gpu(
+    backend: Backend, dtype: torch.dtype, rows: int
+) -> None:
+    """Right padding that is skipped, with tails of several tiles and several blocks of heads."""
+    if (reason := backend.unavailable()) is not None:
+        pytest.skip(reason)
+    lengths = np.array([1024, 401, 130])[:rows]
+    real = np.arange(1024)[None] < lengths[:, None]
+    plan = Plan(rows, 1024, 1024, Pattern.CAUSAL, CUDA, real=real)
+    call = Call(CUDA, dtype, rows, 1024, 1024, 8, 8, 128, 128, self_attention=True)
+    if backend.refusals(plan, call):
+        pytest.skip("not a case of this backend")
+    shape = (rows, 1024, 8, 128)
+    query, key, value = (
+        torch.randn(shape, dtype=dtype, device=CUDA).transpose(1, 2) for _ in "qkv"
+    )
+    padding = torch.from_numpy(~real).to(CUDA)[:, None, :, None]
+    clean = backend.run(plan, call, query, key, value, {})
+    for poison in (torch.nan, torch.inf):
+        states = key.masked_fill(padding, poison), value.masked_fill(padding, poison)
+        poisoned = backend.run(plan, call, query.masked_fill(padding, poison), *states, {})
+        kept = torch.from_numpy(real).to(CUDA)
+        assert torch.equal(poisoned[kept], clean[kept])
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["causal_window-left", "symmetric_window-right", "causal-holes"])
 @pytest.mark.parametrize("backend", REAL[:2], ids=lambda backend: backend.name)
 def test_long_masks_are_taken_in_parts(

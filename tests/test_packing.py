@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from smartattn.backends.flash import Route, route
 from smartattn.call import Call
+from smartattn.features import FEATURES, features
 from smartattn.layouts import VarlenLayout
 from smartattn.packing import (
     _flattened,
@@ -183,6 +185,9 @@ def test_refusals_come_all_at_once() -> None:
         ({"side": "right", "width": 512, "padding": 384}, True, Route.IN_PLACE),
         ({"side": "right", "width": 512, "padding": 383}, False, Route.DENSE),
         ({"side": "right", "width": 4096, "padding": 383}, True, Route.DENSE),
+        # Of 255 tokens 254 are spared in a row: too short for a backward in place.
+        ({"side": "right", "width": 255, "padding": 254, "other": 254}, True, Route.DENSE),
+        ({"side": "right", "width": 255, "padding": 254, "other": 254}, False, Route.IN_PLACE),
         ({"side": "right", "width": 512, "token_major_keys": False}, False, Route.DENSE),
         (
             {
@@ -232,6 +237,7 @@ def test_how_a_flash_kernel_reads_a_batch(
         real[0, :3] = False
     if side in ("right", "both"):
         real[1, -facts.get("padding", width // 4) :] = False
+        real[0, width - facts.get("other", 0) :] = False
     if side == "holes":
         real[0, 4] = False
     causal = facts.get("causal", True)
@@ -324,5 +330,26 @@ def test_tokens_in_a_row_are_a_view_wherever_they_can_be(
     expected = _flattened(states)
     row = _viewed(states)
     assert torch.equal(row, expected)
+    assert row.stride(0) or batch == length == 1
     shares = expected.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
     assert (row.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()) >= shares
+
+
+def test_rows_that_share_their_memory_are_copied() -> None:
+    states = torch.arange(8.0).view(1, 2, 1, 4).expand(3, 2, 1, 4)
+    row = _viewed(states)
+    assert torch.equal(row, _flattened(states))
+    row[0] = -1.0
+    assert (states >= 0).all()
+
+
+def test_features_and_route_agree_on_what_is_skipped() -> None:
+    names = list(FEATURES)
+    for width, grad in itertools.product((128, 255, 256, 512), (False, True)):
+        real = np.arange(width)[None] < np.array([[width], [width // 8]])
+        plan = Plan(16, width, width, Pattern.CAUSAL, CPU, real=np.repeat(real, [1, 15], axis=0))
+        call = Call(CPU, torch.bfloat16, 16, width, width, 4, 4, 64, 64, grad=grad)
+        amounts = dict(zip(names, features(plan, call), strict=True))
+        how = route(plan, call, key_bounds=False, in_place=True, used_keys=not grad)
+        skipped = amounts["sequence_pairs"] == amounts["real_pairs"]
+        assert skipped == (how is Route.IN_PLACE) == bool(amounts["sequenced"])

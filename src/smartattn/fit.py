@@ -168,17 +168,18 @@ def fit_costs(
             group.siblings = [other for other in groups if group.is_sibling_of(other)]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
+    everywhere: dict[str, FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
     for group in groups:
-        misses[group.backend, group.regime.layout] += group.misses()
-    return [
-        cost
-        for group in groups
-        for cost in group.costs(
-            _WALKS[int(misses[group.backend, group.regime.layout].argmin())],
-            slots,
-            host=device.type != "cpu",
-        )
-    ]
+        missed = group.misses()
+        misses[group.backend, group.regime.layout] += missed
+        everywhere[group.backend] += missed
+    costs: list[Cost] = []
+    for group in groups:
+        missed = misses[group.backend, group.regime.layout]
+        if not missed.any():
+            missed = everywhere[group.backend]
+        costs += group.costs(_WALKS[int(missed.argmin())], slots, host=device.type != "cpu")
+    return costs
 
 
 @dataclass(frozen=True)

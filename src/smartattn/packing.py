@@ -135,6 +135,9 @@ def _viewed(states: torch.Tensor) -> torch.Tensor:
         token_stride = batch_stride
     elif batch > 1 and batch_stride != length * token_stride:
         return _flattened(states)
+    if token_stride == 0 and batch > 1:
+        # Rows that share their memory.
+        return _flattened(states).contiguous()
     return states.as_strided((batch * length, heads, dim), (token_stride, head_stride, stride))
 
 

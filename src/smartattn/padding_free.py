@@ -152,6 +152,7 @@ class _Hooks:
         self._root_names = parameter_names(stack.root)
         #: All layers have their hook, not the first alone.
         self._armed = False
+        self._installed = False
 
     def install(self) -> None:
         """Registers the hooks; those of the later layers once they are needed, see ``_arm``."""
@@ -160,6 +161,7 @@ class _Hooks:
         for model in dict.fromkeys((stack.root, stack.base)):
             handles.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
         armed, self._armed = self._armed, False
+        self._installed = True
         self._hook_layers(stack.layers[:1])
         if armed:
             self._arm()
@@ -170,18 +172,20 @@ class _Hooks:
             handles.append(model.register_forward_hook(self._close, always_call=True))
         stack.root.__dict__[_ATTRIBUTE] = self
 
-    def _arm(self) -> None:
-        """Registers the hooks of the later layers, for good.
+    def _arm(self) -> bool:
+        """Registers the hooks of the later layers, for good; False if all hooks are gone.
 
         The first layer alone decides. A batch that stays padded would pay for hooks on the others
         that have nothing to do; once one has been packed, its layers may run again in a backward.
         """
-        if self._armed:
-            return
+        if self._armed and self._installed:
+            return True
         with _arming:
-            if not self._armed:
+            # Another thread may have removed them while this forward ran.
+            if self._installed and not self._armed:
                 self._hook_layers(self.stack.layers[1:])
                 self._armed = True
+            return self._installed
 
     def _hook_layers(self, layers: Sequence[nn.Module]) -> None:
         for layer in layers:
@@ -190,9 +194,11 @@ class _Hooks:
 
     def remove(self) -> None:
         """Removes all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        with _arming:
+            self._installed = False
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
         self.stack.root.__dict__.pop(_ATTRIBUTE, None)
 
     # -- once per forward --------------------------------------------------------------------------
@@ -202,8 +208,15 @@ class _Hooks:
         if torch.compiler.is_compiling():
             return
         frame = self._frame()
+        if frame is not None and frame.opener is module:
+            # Ctrl-C ends a forward without its last hook.
+            _FRAME.set(frame.outer)
+            frame = self._frame()
         if frame is None:
             frame = _Frame(self, module)
+            if module not in (self.stack.root, self.stack.base):
+                # Nothing is known of what its arguments ask for.
+                frame.reason = "a replica of the model"
             if module is self.stack.root:
                 values = {**dict(zip(self._root_names, args, strict=False)), **kwargs}
                 frame.guard, frame.reason = guard_for(self.stack, values)
@@ -256,10 +269,12 @@ class _Hooks:
     # -- once per layer ----------------------------------------------------------------------------
 
     def _before_layer(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hands a layer the real tokens in place of the padded batch."""
-        if torch.compiler.is_compiling():
+        # torch takes two steps to register a hook: another thread's forward may come between them,
+        # and cannot have been packed then.
+        if kwargs is None or torch.compiler.is_compiling():
             return None
         frame = self._frame()
         if frame is not None and frame.decided and frame.packing is None:
@@ -320,8 +335,9 @@ class _Hooks:
                 refusal = exactness_refusal(request, packing, packed)
                 if refusal is None and frame.guard is not None:
                     refusal = frame.guard.refusal()
+                if refusal is None and not self._arm():
+                    refusal = "padding_free was undone during this forward"
                 if refusal is None:
-                    self._arm()
                     frame.packing = packing
                 else:
                     packs, reason = False, refusal

@@ -78,8 +78,9 @@ def _beyond(
     rule: StackRule, samples: Sequence[StackSample], kind: Literal["cuda", "cpu"]
 ) -> StackRule:
     """A rule of the default, as far as no sample contradicts it."""
+    width = rule.when.width or 0.0
     lost = [
-        sample.spared_work
+        sample.spared_work * (1 + width / sample.hidden)
         for sample in samples
         if sample.speedup < 1 + MARGIN and _holds(rule.when, sample, kind)
     ]

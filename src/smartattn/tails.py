@@ -27,9 +27,13 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "tails are cleared by a Triton kernel, on GPUs alone"
     try:
-        # No result is read back: layers ask, and they never wait for the device.
-        bounds = torch.zeros(4, dtype=torch.int32, device=device)
-        _clear(torch.zeros(2, 1, 8, dtype=torch.bfloat16, device=device), bounds, 1)
+        # No result is read back: layers ask, and they never wait for the device. Triton builds a
+        # kernel for each dtype, and another one for addresses that are not multiples of 16.
+        bounds = torch.zeros(6, dtype=torch.int32, device=device)
+        for dtype in (torch.bfloat16, torch.float16):
+            values = torch.zeros(2, 1, 64, dtype=dtype, device=device)
+            _clear(values, bounds, 1)
+            _clear(values, bounds[2:], 1)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
@@ -40,7 +44,7 @@ def unavailable(device: torch.device) -> str | None:
 def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
     """Replaces NaN and infinity by zero where padding follows a sequence, within a tile of it.
 
-    Values are written only where some are not finite, which nothing but padding ever is there.
+    They are written in place, and only where some are not finite: nobody reads them there.
 
     Args:
         values: (total_k, kv_heads, head_dim), the last dimension dense.

@@ -25,7 +25,7 @@ def clear_kernel(  # type: ignore[no-untyped-def]
     if first < following:
         token = first + tl.arange(0, TOKENS)
         element = tl.program_id(2) * ELEMENTS + tl.arange(0, ELEMENTS)
-        offset = (element // dim) * head_stride + element % dim
+        offset = (element // dim).to(tl.int64) * head_stride + element % dim
         pointer = values + token.to(tl.int64)[:, None] * token_stride + offset[None, :]
         inside = (token < following)[:, None] & (element < width)[None, :]
         found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)

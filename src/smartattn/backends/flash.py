@@ -73,7 +73,7 @@ def route(
 
 def skipping_pays(plan: Plan, call: Call) -> bool:
     """Whether a kernel for sequences beats the dense one, which computes the padding as well."""
-    if not plan.is_padded:
+    if not plan.is_padded or (call.grad and plan.q_len < BACKWARD_QUERIES):
         return False
     needed: float = _SPARED_TOKENS
     if not call.token_major_keys:

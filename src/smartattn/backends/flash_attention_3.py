@@ -126,8 +126,9 @@ class FlashAttention3Backend(Backend):
         # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
         # survives: nothing but the end of the tensor may lie there, or it is cleared first.
         key_bounds = plan.padding is Padding.LEFT
-        in_place = tails.unavailable(call.device) is None
-        how = route(plan, call, key_bounds=key_bounds, in_place=in_place, used_keys=True)
+        how = route(plan, call, key_bounds=key_bounds, in_place=True, used_keys=True)
+        if how is Route.IN_PLACE and tails.unavailable(call.device) is not None:
+            how = route(plan, call, key_bounds=key_bounds, in_place=False)
         if how in (Route.DENSE, Route.KEY_BOUNDS):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)
