@@ -871,8 +871,8 @@ def test_nan_behind_long_rows_stays_there_on_a_gpu(
     padding = torch.from_numpy(~real).to(CUDA)[:, None, :, None]
     clean = backend.run(plan, call, query, key, value, {})
     for poison in (torch.nan, torch.inf):
-        states = key.masked_fill(padding, poison), value.masked_fill(padding, poison)
-        poisoned = backend.run(plan, call, query.masked_fill(padding, poison), *states, {})
+        dirty = [states.masked_fill(padding, poison) for states in (query, key, value)]
+        poisoned = backend.run(plan, call, *dirty, {})
         kept = torch.from_numpy(real).to(CUDA)
         assert torch.equal(poisoned[kept], clean[kept])
 
