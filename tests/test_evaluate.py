@@ -10,7 +10,7 @@ import torch
 from smartattn import grid
 from smartattn.cost import LAYERS
 from smartattn.evaluate import Regret, always, by_mode, by_profile, cross_validated, judge, timings
-from smartattn.features import features
+from smartattn.features import FEATURES, features
 from smartattn.fit import fit_costs
 from smartattn.profile import Profile, default_rules
 from smartattn.samples import Sample
@@ -35,9 +35,10 @@ def drawn(count: int) -> list[Sample]:
     for workload in islice(
         grid.workloads([family], grid.limits("cuda", "quick", 10**11), 0), count
     ):
-        amounts = features(workload.plan(CUDA), workload.call(CUDA))
-        found.append(sample(workload, "sdpa", 20 + 3 * amounts[4]))
-        found.append(sample(workload, "flash_attention_2", 90 + 3 * amounts[6]))
+        work = features(workload.plan(CUDA), workload.call(CUDA))
+        amounts = dict(zip(FEATURES, work, strict=True))
+        found.append(sample(workload, "sdpa", 20 + 3 * amounts["dense_pairs"]))
+        found.append(sample(workload, "flash_attention_2", 90 + 3 * amounts["real_pairs"]))
     return found
 
 
