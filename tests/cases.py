@@ -22,6 +22,7 @@ from smartattn.backends import Backend, flash_attention_3
 from smartattn.call import Call
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
+from smartattn.packing import where_keys_lie
 from smartattn.plan import Pattern, Plan
 
 Rows = np.ndarray[Any, np.dtype[np.bool_]]
@@ -348,6 +349,12 @@ class Case:
             features=frozenset({self.feature} if self.feature else ()),
         )
         return replace(call, **changes)
+
+    def call_with(self, key: torch.Tensor, value: torch.Tensor) -> Call:
+        """The same, which also says where keys and values lie."""
+        token_major_keys, key_pitch = where_keys_lie(key, value)
+        call = self.call(key.device)
+        return replace(call, token_major_keys=token_major_keys, key_pitch=key_pitch)
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value in this case's memory layout.

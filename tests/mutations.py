@@ -45,6 +45,7 @@ PLAN = ("tests/test_plan.py",)
 PACKING = ("tests/test_packing.py",)
 CHOOSE = ("tests/test_choose.py",)
 MATRIX = ("tests/test_backends_matrix.py", "-k", "float64 and not limits and not gpu")
+NAN = ("tests/test_backends_matrix.py", "-k", "nan_in_padding and not gpu")
 EXPLAIN = ("tests/test_explain.py",)
 DOCTOR = ("tests/test_doctor.py",)
 VERIFY = ("tests/test_verify_bench.py",)
@@ -97,6 +98,48 @@ MUTATIONS = (
         "backends/flash.py",
         "long = call.token_major_keys and plan.q_len >= BACKWARD_QUERIES",
         "long = plan.q_len >= BACKWARD_QUERIES",
+        PACKING,
+    ),
+    Mutation(
+        "rows of keys in a cache are taken for rows by token",
+        "layouts.py",
+        "k_start = sequences.row * pitch + sequences.k_start",
+        "k_start = sequences.row * plan.kv_len + sequences.k_start",
+        PACKING,
+    ),
+    Mutation(
+        "keys that lie apart are read as if they lay together",
+        "packing.py",
+        "fits = fits and token_stride > 0 and batch_stride == pitch * token_stride",
+        "fits = fits and token_stride > 0",
+        PACKING,
+    ),
+    Mutation(
+        "one figure serves keys and values that lie apart",
+        "packing.py",
+        "in_a_row = not found and pitch >= length",
+        "in_a_row = pitch >= length",
+        PACKING,
+    ),
+    Mutation(
+        "NaN before the first token of a row is not cleared",
+        "layouts.py",
+        "first = np.sort(np.concatenate([rows, start + length]))",
+        "first = np.sort(np.concatenate([rows + width, start + length]))",
+        NAN,
+    ),
+    Mutation(
+        "NaN behind a row is not cleared",
+        "layouts.py",
+        "tails = parts[3] if len(gaps) else None",
+        "tails = None",
+        NAN,
+    ),
+    Mutation(
+        "copies of keys count for nothing",
+        "backends/flash.py",
+        "    if call.copies_keys:",
+        "    if False:",
         PACKING,
     ),
     Mutation(

@@ -34,6 +34,8 @@ from smartattn.backends import (
 from smartattn.backends.base import DEFAULT_TOLERANCES, Support
 from smartattn.backends.flash import Route
 from smartattn.call import Call, Runner
+from smartattn.layouts import LONGEST_TILE
+from smartattn.packing import where_keys_lie
 from smartattn.plan import Pattern, Plan
 
 from . import gpu_results
@@ -190,13 +192,20 @@ def _scaled_dot_product_flash_attention(
 
 
 def _clear_tails(values: torch.Tensor, layout: Any) -> None:
-    """Padding that the kernel may load is what lies between a sequence's end and the next one."""
-    bounds = layout.cu_seqlens_k.tolist()
-    assert len(bounds) == 2 * len(layout.used_k[1::2]) + 2
-    for end, following in zip(bounds[2::2], bounds[3::2], strict=True):
-        tail = values[end:following]
+    """What the Triton kernel does."""
+    bounds = [] if layout.tails is None else layout.tails.tolist()
+    for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+        tail = values[first:last]
         if not tail.isfinite().all():
             tail.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _check_tiles(v: torch.Tensor, cu_q: Any, cu_k: Any, used_k: Any) -> None:
+    """What is loaded with the last tile of a sequence is multiplied by zero, and NaN stays NaN."""
+    for i in range(len(cu_q) - 1):
+        if cu_q[i] < cu_q[i + 1] and (used_k is None or used_k[i]):
+            end = cu_k[i + 1] if used_k is None else cu_k[i] + used_k[i]
+            assert bool(v[end : end + LONGEST_TILE].isfinite().all()), "NaN in a tile"
 
 
 def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
@@ -218,6 +227,7 @@ def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
     }
     if cu_q is not None:
         assert start is None
+        _check_tiles(v, cu_q, cu_k, used_k)
         return [varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, used_k, **settings)]
     if start is not None:
         return [bounded_attention(q, k, v, start, used_k, **settings)]
@@ -272,9 +282,9 @@ def _label(backend: Backend) -> str:
 def run_case(backend: Backend, case: Case, device: torch.device) -> dict[str, float]:
     """Runs a case and its backward and asserts that it is right; returns the largest errors."""
     s = case.situation
-    plan, call = s.plan(device, case.dtype), case.call(device)
-    assert backend.refusals(plan, call) == []
     query, key, value = case.tensors(device)
+    plan, call = s.plan(device, case.dtype), case.call_with(key, value)
+    assert backend.refusals(plan, call) == []
     bias = case.bias(device)
     arguments = {"position_bias": bias} if bias is not None else {}
     output = backend.run(plan, call, query, key, value, arguments)
@@ -380,18 +390,25 @@ def _core(name: str, n: int = N) -> Situation:
 @pytest.mark.parametrize(
     "name", ["causal-left", "bidirectional-holes", "decode-left", "causal-both"]
 )
+@pytest.mark.parametrize(
+    ("layout", "grad"),
+    [("tokens first", True), ("tokens first", False), ("heads first", False), ("fused", False)],
+)
 @pytest.mark.parametrize("backend", ON_CPU[2:], ids=_label)
-def test_nan_in_padding_stays_there(backend: Backend, name: str) -> None:
+def test_nan_in_padding_stays_there(backend: Backend, name: str, layout: str, grad: bool) -> None:
     """Backends that pack never read padding, whatever it holds (trap 1)."""
-    case = Case(_core(name), 4, 2, 16, 16, "tokens first", torch.float32, True)
+    case = Case(_core(name), 4, 2, 16, 16, layout, torch.float32, grad)
     s = case.situation
     query, key, value = case.tensors(CPU)
+    if not takes(backend, case):
+        pytest.skip("not a case of this backend")
+    call = case.call_with(key, value)
     padding = torch.from_numpy(~s.real)
     poison = torch.where(padding, torch.nan, 0.0)[:, None, :, None]
     own = poison[:, :, s.shift : s.shift + s.q_len]
     plan = s.plan(CPU, case.dtype)
-    clean = backend.run(plan, case.call(CPU), query, key, value, {})
-    poisoned = backend.run(plan, case.call(CPU), query + own, key + poison, value + poison, {})
+    clean = backend.run(plan, call, query, key, value, {})
+    poisoned = backend.run(plan, call, query + own, key + poison, value + poison, {})
     assert torch.equal(poisoned, clean)
 
 
@@ -839,7 +856,7 @@ def test_nan_in_padding_stays_there_on_a_gpu(backend: Backend, name: str) -> Non
         padding = torch.from_numpy(~s.real).to(CUDA)
         own = padding[:, None, s.shift : s.shift + s.q_len, None]
         padding = padding[:, None, :, None]
-        plan, call = s.plan(CUDA, case.dtype), case.call(CUDA)
+        plan, call = s.plan(CUDA, case.dtype), case.call_with(key, value)
         clean = backend.run(plan, call, query, key, value, {})
         for poison in (torch.nan, torch.inf):
             states = key.masked_fill(padding, poison), value.masked_fill(padding, poison)
@@ -850,24 +867,36 @@ def test_nan_in_padding_stays_there_on_a_gpu(backend: Backend, name: str) -> Non
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", REAL[2:], ids=_label)
 def test_nan_behind_long_rows_stays_there_on_a_gpu(
-    backend: Backend, dtype: torch.dtype, rows: int
+    backend: Backend, dtype: torch.dtype, side: str, layout: str, rows: int
 ) -> None:
-    """Right padding that is skipped, with tails of several tiles and several blocks of heads."""
+    """Padding that is skipped, with tails of several tiles and several blocks of heads."""
     if (reason := backend.unavailable()) is not None:
         pytest.skip(reason)
     lengths = np.array([1024, 401, 130])[:rows]
     real = np.arange(1024)[None] < lengths[:, None]
+    if side == "left":
+        real = real[:, ::-1].copy()
+    if side == "both":
+        real[:, :100] = False
     plan = Plan(rows, 1024, 1024, Pattern.CAUSAL, CUDA, real=real)
-    call = Call(CUDA, dtype, rows, 1024, 1024, 8, 8, 128, 128, self_attention=True)
-    if backend.refusals(plan, call):
-        pytest.skip("not a case of this backend")
     shape = (rows, 1024, 8, 128)
     query, key, value = (
         torch.randn(shape, dtype=dtype, device=CUDA).transpose(1, 2) for _ in "qkv"
     )
+    if layout == "heads first":
+        key, value = key.contiguous(), value.contiguous()
+    token_major, pitch = where_keys_lie(key, value)
+    call = Call(
+        CUDA, dtype, rows, 1024, 1024, 8, 8, 128, 128,
+        self_attention=True, token_major_keys=token_major, key_pitch=pitch,
+    )  # fmt: skip
+    if backend.refusals(plan, call):
+        pytest.skip("not a case of this backend")
     padding = torch.from_numpy(~real).to(CUDA)[:, None, :, None]
     clean = backend.run(plan, call, query, key, value, {})
     for poison in (torch.nan, torch.inf):

@@ -171,7 +171,7 @@ def test_explain_imports_no_models() -> None:
 
 @pytest.mark.usefixtures("few_shapes")
 def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run([*QUICK, "2"]) == 0
+    assert cli.run([*QUICK, "4"]) == 0
     out = capsys.readouterr().out
     identity = machine.identify(CPU)
     assert identity is not None
@@ -180,7 +180,7 @@ def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = calibrate.default_path(identity)
     assert str(path) in out
 
-    assert cli.run([*QUICK, "2"]) == 0
+    assert cli.run([*QUICK, "4"]) == 0
     assert "Nothing to do" in capsys.readouterr().out
 
     assert cli.run(["show"]) == 0

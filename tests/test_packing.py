@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,18 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smartattn import layouts
 from smartattn.backends.flash import Route, route
 from smartattn.call import Call
 from smartattn.features import FEATURES, features
 from smartattn.layouts import VarlenLayout
 from smartattn.packing import (
     _flattened,
-    _viewed,
+    _in_a_row,
+    bind_in_place,
     bind_packed,
     gather,
     packs_queries,
     scatter,
     varlen_refusals,
+    where_keys_lie,
 )
 from smartattn.plan import Pattern, Plan
 
@@ -169,6 +173,9 @@ def test_refusals_come_all_at_once() -> None:
     assert varlen_refusals(plan, _call(plan)) == reasons[1:]
 
 
+CACHED = {"side": "right", "width": 1024, "token_major_keys": False}
+
+
 @pytest.mark.parametrize(
     ("facts", "grad", "expected"),
     [
@@ -188,29 +195,13 @@ def test_refusals_come_all_at_once() -> None:
         # Of 255 tokens 254 are spared in a row: too short for a backward in place.
         ({"side": "right", "width": 255, "padding": 254, "other": 254}, True, Route.DENSE),
         ({"side": "right", "width": 255, "padding": 254, "other": 254}, False, Route.IN_PLACE),
-        ({"side": "right", "width": 512, "token_major_keys": False}, False, Route.DENSE),
-        (
-            {
-                "side": "right",
-                "width": 1024,
-                "token_major_keys": False,
-                "padding": 896,
-                "kv_heads": 1,
-            },
-            False,
-            Route.IN_PLACE,
-        ),
-        (
-            {
-                "side": "right",
-                "width": 1024,
-                "token_major_keys": False,
-                "padding": 896,
-                "kv_heads": 1,
-            },
-            True,
-            Route.DENSE,
-        ),
+        # Keys of a cache are read where they lie, but for a backward.
+        ({**CACHED, "padding": 384}, False, Route.IN_PLACE),
+        ({**CACHED, "padding": 384}, True, Route.DENSE),
+        # Copies of keys take more padding to pay.
+        ({**CACHED, "key_pitch": 0, "padding": 384}, False, Route.DENSE),
+        ({**CACHED, "key_pitch": 0, "padding": 896, "kv_heads": 1}, False, Route.IN_PLACE),
+        ({**CACHED, "key_pitch": 0, "padding": 896, "kv_heads": 1}, True, Route.DENSE),
         ({"side": "right", "width": 512, "padding": 40}, True, Route.DENSE),
         ({"side": "left", "window": 3}, False, Route.KEY_BOUNDS),
         ({"side": "right", "window": 3}, False, Route.DENSE),
@@ -254,7 +245,7 @@ def test_how_a_flash_kernel_reads_a_batch(
     call = Call(
         CPU, torch.float32, 2, q_len, width, 4, facts.get("kv_heads", 4), 8, 8, grad=grad,
         self_attention=facts.get("own", True),
-        token_major_keys=facts.get("token_major_keys", True),
+        token_major_keys=facts.get("token_major_keys", True), key_pitch=facts.get("key_pitch"),
     )  # fmt: skip
     assert varlen_refusals(plan, call) == []
     assert route(plan, call, key_bounds=True, in_place=True, used_keys=not grad) is expected
@@ -270,8 +261,8 @@ def test_padding_in_place_has_queries_without_keys_or_keys_without_queries(seed:
     places = np.arange(width)
     real = (places >= start[:, None]) & (places < (start + length)[:, None])
     plan = Plan(batch, width, width, Pattern.CAUSAL, CPU, real=real)
-    layout = plan.in_place(True, False)
-    assert layout.used_k is None
+    layout = plan.in_place(True, False, width)
+    assert layout.used_k is layout.tails is None
     q, k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
     assert q[0] == k[0] == 0
     assert q[-1] == k[-1] == batch * width
@@ -307,40 +298,161 @@ def test_without_the_number_of_used_keys_no_cache_is_copied(
     assert route(plan, call, key_bounds=False, in_place=True, used_keys=True) is Route.IN_PLACE
 
 
-def test_the_empty_part_of_a_static_cache_is_not_copied() -> None:
+@pytest.mark.parametrize(
+    ("kv_len", "key_pitch", "expected"),
+    [
+        (1024, 0, Route.IN_PLACE),
+        (8192, 0, Route.DENSE),
+        (8192, 8 * 8192, Route.IN_PLACE),
+    ],
+)
+def test_the_empty_part_of_a_static_cache_is_not_copied(
+    kv_len: int, key_pitch: int, expected: Route
+) -> None:
     real = np.arange(1024) < np.array([1024, 100, 100, 100])[:, None]
-    for kv_len, expected in ((1024, Route.IN_PLACE), (8192, Route.DENSE)):
-        keys = np.zeros((4, kv_len), dtype=bool)
-        keys[:, :1024] = real
-        plan = Plan(4, 1024, kv_len, Pattern.CAUSAL, CPU, real=keys)
-        call = Call(
-            CPU, torch.float32, 4, 1024, kv_len, 32, 8, 64, 64,
-            self_attention=True, token_major_keys=False,
-        )  # fmt: skip
-        assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected
+    keys = np.zeros((4, kv_len), dtype=bool)
+    keys[:, :1024] = real
+    plan = Plan(4, 1024, kv_len, Pattern.CAUSAL, CPU, real=keys)
+    call = Call(
+        CPU, torch.float32, 4, 1024, kv_len, 32, 8, 64, 64,
+        self_attention=True, token_major_keys=False, key_pitch=key_pitch,
+    )  # fmt: skip
+    assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected
+
+
+SHAPES = [(3, 2, 5, 4), (1, 2, 5, 4), (3, 2, 1, 4), (1, 1, 1, 4), (3, 1, 5, 4), (2, 3, 4, 2)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (1, 2, 5, 4), (3, 2, 1, 4), (1, 1, 1, 4)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_in_a_row_are_a_view_wherever_they_can_be(
     layout: str, shape: tuple[int, int, int, int]
 ) -> None:
     batch, heads, length, dim = shape
     states = _states(layout, batch, heads, length, dim)
-    expected = _flattened(states)
-    row = _viewed(states)
-    assert torch.equal(row, expected)
-    assert row.stride(0) or batch == length == 1
-    shares = expected.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
-    assert (row.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()) >= shares
+    _, pitch = where_keys_lie(states, states)
+    assert pitch == (
+        length
+        if batch == 1 or length == 1 or layout not in ("heads first", "sliced")
+        else heads * length * (2 if layout == "sliced" else 1)
+    )
+    # By its own figure it is a view, by that of others a copy.
+    for given_ in {pitch, length, heads * length, heads * length + 3}:
+        row = _in_a_row(states, given_)
+        assert row.shape == ((batch - 1) * given_ + length, heads, dim)
+        assert row.stride(2) == 1
+        for i in range(batch):
+            tokens_ = row[i * given_ : i * given_ + length]
+            assert torch.equal(tokens_, states[i].transpose(0, 1))
+        if given_ == pitch:
+            assert row.data_ptr() == states.data_ptr()
 
 
-def test_rows_that_share_their_memory_are_copied() -> None:
+@pytest.mark.parametrize("pitch", [1, 4])
+def test_rows_that_share_their_memory_are_copied(pitch: int) -> None:
     states = torch.arange(8.0).view(1, 2, 1, 4).expand(3, 2, 1, 4)
-    row = _viewed(states)
-    assert torch.equal(row, _flattened(states))
+    row = _in_a_row(states, pitch)
+    assert torch.equal(row[::pitch], _flattened(states))
     row[0] = -1.0
     assert (states >= 0).all()
+    longer = torch.arange(24.0).view(1, 2, 3, 4).expand(3, 2, 3, 4)
+    assert where_keys_lie(longer, longer)[1] == 0
+    assert torch.equal(_in_a_row(longer, 3), _flattened(longer))
+
+
+def test_a_last_dimension_with_gaps_is_copied() -> None:
+    states = torch.arange(240.0).view(2, 3, 5, 8)[..., ::2]
+    row = _in_a_row(states, 15)
+    assert row.stride(2) == 1
+    assert torch.equal(row[15:20], states[1].transpose(0, 1))
+
+
+def test_where_keys_lie() -> None:
+    by_token = _states("tokens first", 2, 3, 5, 4)
+    by_head = _states("heads first", 2, 3, 5, 4)
+    assert where_keys_lie(by_token, by_token) == (True, 5)
+    assert where_keys_lie(by_head, by_head) == (False, 15)
+    # As in attention with latent keys, before they went through a cache.
+    assert where_keys_lie(by_head, by_token) == (False, 0)
+    assert where_keys_lie(by_head, _states("heads first", 2, 3, 5, 2)) == (False, 15)
+    assert where_keys_lie(by_head[:, :1], by_head[:, :1]) == (True, 15)
+    assert where_keys_lie(by_head[..., :3, :], by_head[..., :3, :]) == (False, 15)
+    # Places of tokens are 32-bit integers to kernels.
+    with torch.device("meta"):
+        far = torch.empty(2, 2**15, 2**15, 1)
+    assert where_keys_lie(far, far) == (False, 0)
+
+
+@st.composite
+def rows(draw: Any) -> tuple[np.ndarray[Any, Any], int, int]:
+    """Real tokens of a few rows, one run in each or none; heads; and what follows on each row."""
+    batch, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    real = np.zeros((batch, width), dtype=bool)
+    for row in real:
+        first = draw(st.integers(0, width))
+        row[first : draw(st.integers(first, width))] = True
+    real[0, 0] |= not real.any()
+    return real, draw(st.integers(1, 3)), draw(st.integers(0, 3))
+
+
+@thorough
+@given(rows(), st.booleans(), st.integers(1, 6))
+def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: int) -> None:
+    """Keys by token and by head, in a cache that holds more: the same sequences, no copy."""
+    real, heads, more = given_
+    batch, width = real.shape
+    values = torch.arange(1.0, batch * heads * (width + more) * 2 + 1)
+    if by_head:
+        keys = values.view(batch, heads, width + more, 2)[:, :, :width]
+    else:
+        keys = values.view(batch, width + more, heads, 2)[:, :width].transpose(1, 2)
+    _, pitch = where_keys_lie(keys, keys)
+    plan = Plan(batch, width, width, Pattern.BIDIRECTIONAL, CPU, real=real)
+    with mock.patch.object(layouts, "LONGEST_TILE", tile):
+        layout = plan.in_place(True, True, pitch)
+    row = _in_a_row(keys, pitch)
+    assert row.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    assert layout.total_k == len(row) == int(layout.cu_seqlens_k[-1])
+    bounds, used = layout.cu_seqlens_k.tolist(), layout.used_k.tolist()
+    assert used[::2] == [0] * len(used[::2])
+    found = [row[bounds[i] : bounds[i] + used[i]] for i in range(len(used)) if used[i]]
+    expected = [keys[i][:, torch.from_numpy(r)].transpose(0, 1) for i, r in enumerate(real)]
+    assert len(found) == sum(len(e) > 0 for e in expected)
+    assert all(map(torch.equal, found, [e for e in expected if len(e)]))
+
+    # What a tile may reach of the padding is cleared, and nothing that is real.
+    for first, last in torch.reshape(layout.tails, (-1, 2)) if layout.tails is not None else ():
+        assert first < last <= first + tile
+        row[first:last] = 0.0
+    kept = keys.transpose(1, 2)[torch.from_numpy(real)]
+    assert (kept != 0).all()
+    places = torch.zeros(len(values), dtype=torch.bool).as_strided(keys.shape, keys.stride())
+    places |= torch.from_numpy(~real)[:, None, :, None]
+    for i, length in enumerate(used):
+        if not length:
+            continue
+        end = bounds[i] + length
+        reached = row[end : end + tile - 1]
+        padding = places.as_strided(row.shape, row.stride())[end : end + tile - 1]
+        assert (reached[padding] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first", "sliced"])
+def test_kernels_for_sequences_get_the_keys_themselves(layout: str) -> None:
+    real = np.arange(5) < np.array([5, 2, 3])[:, None]
+    plan = Plan(3, 5, 5, Pattern.CAUSAL, CPU, real=real)
+    key, value = _states(layout, 3, 2, 5, 4), _states(layout, 3, 2, 5, 4)
+    query = _states("tokens first", 3, 2, 5, 4)
+    token_major, pitch = where_keys_lie(key, value)
+    seen = []
+
+    def kernel(q: Any, k: Any, v: Any, layout: VarlenLayout) -> torch.Tensor:
+        seen.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
+        return q
+
+    call = _call(plan, self_attention=True, token_major_keys=token_major, key_pitch=pitch)
+    bind_in_place(kernel, plan, call, used_keys=True)(query, key, value, {})
+    assert seen == [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
 
 
 def test_features_and_route_agree_on_what_is_skipped() -> None:

@@ -48,6 +48,10 @@ class Call:
     #: sequence follow each other; False where a cache has concatenated them as (batch, kv_heads,
     #: kv_len, head_dim). It changes what a backend costs, never what it may run.
     token_major_keys: bool = True
+    #: Tokens from a row of keys, and of values, to the next one, in steps from token to token: a
+    #: cache that concatenates puts its heads in between. 0 where no figure holds for both, so that
+    #: kernels for sequences need copies; None if rows follow each other.
+    key_pitch: int | None = None
     #: The layer's own module has an eager attention function.
     has_eager: bool = False
     features: frozenset[str] = frozenset()
@@ -56,3 +60,9 @@ class Call:
     def group_size(self) -> int:
         """Query heads per key/value head (1 for multi-head attention)."""
         return self.heads // self.kv_heads
+
+    @property
+    def copies_keys(self) -> bool:
+        """Whether a kernel for sequences has to be handed copies of the keys, or of the values."""
+        # A backward returns gradients of what it was given, which must not overlap.
+        return self.key_pitch == 0 or (self.grad and not self.token_major_keys)

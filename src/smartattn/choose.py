@@ -249,6 +249,7 @@ def _kind(plan: Plan, call: Call) -> Hashable:
         call.self_attention,
         call.keep_padding_output,
         call.token_major_keys,
+        call.copies_keys,
         call.features,
         call.q_len == 1,
         len(plan.sequences) if plan.is_packed and plan.sequences is not None else None,

@@ -35,6 +35,7 @@ from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
 from .masking import additive, smart_mask
+from .packing import where_keys_lie
 from .plan import Pattern, Plan
 from .profile import profile_for
 from .record import Trace
@@ -254,6 +255,7 @@ def _choose(
     if not query.dtype == key.dtype == value.dtype:
         wanted.add("mixed dtypes")
     eager = _eager_function(module)
+    token_major_keys, key_pitch = where_keys_lie(key, value)
     call = Call(
         device=query.device,
         dtype=query.dtype,
@@ -273,8 +275,8 @@ def _choose(
         self_attention=is_self_attention(type(module))  # type: ignore[arg-type]
         and kwargs.get("encoder_hidden_states") is None,
         keep_padding_output=settings.pad_output == "sdpa",
-        # One head lies either way.
-        token_major_keys=key.shape[1] == 1 or key.stride(1) < key.stride(2),
+        token_major_keys=token_major_keys,
+        key_pitch=key_pitch,
         has_eager=eager is not None,
         features=frozenset(wanted),
     )

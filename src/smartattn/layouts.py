@@ -15,6 +15,9 @@ import torch
 if TYPE_CHECKING:
     from .plan import Plan
 
+#: Keys that one tile of any build of a kernel holds at most.
+LONGEST_TILE = 256
+
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -45,7 +48,9 @@ class VarlenLayout:
     ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 of shape (sequences + 1,). ``q_index`` and
     ``k_index`` hold, for every packed token, its place in the flattened (batch * length) tokens;
     None means that all tokens are taken in order and nothing has to be gathered. ``used_k``, int32
-    of shape (sequences,), says how many keys of each sequence are real; None means all.
+    of shape (sequences,), says how many keys of each sequence are real; None means all. ``tails``,
+    int32 of shape (2 * gaps,), holds first and last place (exclusive) of the padding that follows
+    on sequences within a tile; None where there is none, or nobody asks.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -57,6 +62,7 @@ class VarlenLayout:
     q_index: torch.Tensor | None = None
     k_index: torch.Tensor | None = None
     used_k: torch.Tensor | None = None
+    tails: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
     )
 
 
-def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool) -> VarlenLayout:
+def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool, pitch: int) -> VarlenLayout:
     """The layout of the padded tensors as they lie in memory, for contiguous real tokens.
 
     The padding between the sequences becomes sequences of its own, which cost next to nothing. With
@@ -116,6 +122,11 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool) -> VarlenLa
     that do not take the number of keys in use, as none with a backward does, get the padding's
     queries without a key, for which they write zeros, and then its keys without a query, whose
     gradients are zeros: 3 * sequences + 2 in all, less the empty ones.
+
+    Args:
+        pitch: tokens from a row of keys to the next. Where that is more than ``kv_len``, as in a
+            (batch, kv_heads, kv_len, head_dim) tensor, what lies between two rows of one head are
+            the other heads, and counts as padding.
     """
     sequences = _of(plan)
     if not sequences.contiguous:
@@ -124,17 +135,17 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool) -> VarlenLa
     if not pack_queries:
         q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
     cu_q = _alternating(sequences.row * plan.q_len + q_start, q_length, plan.batch * plan.q_len)
-    cu_k = _alternating(
-        sequences.row * plan.kv_len + sequences.k_start,
-        sequences.k_length,
-        plan.batch * plan.kv_len,
-    )
-    used_k = None
+    k_start = sequences.row * pitch + sequences.k_start
+    total_k = (plan.batch - 1) * pitch + plan.kv_len
+    cu_k = _alternating(k_start, sequences.k_length, total_k)
+    used_k = tails = None
     if used_keys:
         used = np.zeros(2 * len(sequences) + 1, dtype=np.int64)
         used[1::2] = sequences.k_length
-        parts = _uploaded([cu_q, cu_k, used], plan.device)
+        gaps = _gaps(k_start, sequences.k_length, np.arange(plan.batch) * pitch, plan.kv_len)
+        parts = _uploaded([cu_q, cu_k, used, gaps], plan.device)
         used_k = parts[2]
+        tails = parts[3] if len(gaps) else None
     else:
         # Each gap ends twice: first for the queries, then for the keys.
         cu_q = np.insert(cu_q, np.arange(2, len(cu_q) + 1, 2), cu_q[1::2])
@@ -150,8 +161,9 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool) -> VarlenLa
         # The gradients of the padding's keys have to be written too.
         max_seqlen_k=max(1, int((sequences.k_length if used_keys else np.diff(cu_k)).max())),
         total_q=plan.batch * plan.q_len,
-        total_k=plan.batch * plan.kv_len,
+        total_k=total_k,
         used_k=used_k,
+        tails=tails,
     )
 
 
@@ -185,6 +197,19 @@ def _alternating(start: IntArray, length: IntArray, total: int) -> IntArray:
     bounds[1:-1:2] = start
     bounds[2:-1:2] = start + length
     return bounds
+
+
+def _gaps(start: IntArray, length: IntArray, rows: IntArray, width: int) -> IntArray:
+    """First and last place of what lies before, between and behind the sequences of each row.
+
+    A tile that reaches beyond its sequence enters any of them at its first place, and goes no
+    further into it than a tile.
+    """
+    first = np.sort(np.concatenate([rows, start + length]))
+    last = np.sort(np.concatenate([start, rows + width]))
+    last = np.minimum(last, first + LONGEST_TILE)
+    gaps: IntArray = np.stack([first, last], axis=1)[last > first].reshape(-1)
+    return gaps
 
 
 def _uploaded(arrays: Items[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:

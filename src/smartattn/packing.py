@@ -99,27 +99,56 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
 def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call, used_keys: bool = False) -> Runner:
     """A runner that sends the padded tensors through a kernel which skips what lies between.
 
-    ``used_keys`` says that the kernel takes the number of keys in use.
+    ``used_keys`` says that the kernel takes the number of keys in use, and then keys and values
+    may overlap: tokens of one head lie where those of another are counted.
 
-    Tensors whose batches do not follow each other in memory are copied once, padding included. It
+    Tensors whose rows lie otherwise than ``call.key_pitch`` says are copied, padding included. It
     returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    layout = plan.in_place(packs_queries(plan, call), used_keys)
-    shape = (call.batch, call.q_len, call.heads, call.value_head_dim)
-    in_a_row = _flattened if call.grad else _viewed
+    pitch = _bound_pitch(call) if used_keys else call.kv_len
+    layout = plan.in_place(packs_queries(plan, call), used_keys, pitch)
+    q_len = call.q_len
+    shape = (call.batch, q_len, call.heads, call.value_head_dim)
+    if call.grad:
+        return lambda query, key, value, _: kernel(
+            _flattened(query), _flattened(key), _flattened(value), layout
+        ).view(shape)
+    return lambda query, key, value, _: kernel(
+        _in_a_row(query, q_len), _in_a_row(key, pitch), _in_a_row(value, pitch), layout
+    ).view(shape)
 
-    def run(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
-    ) -> torch.Tensor:
-        output = kernel(
-            in_a_row(query),
-            in_a_row(key),
-            in_a_row(value),
-            layout,
-        )
-        return output.view(shape)
 
-    return run
+def _bound_pitch(call: Call) -> int:
+    if call.key_pitch is not None:
+        return call.key_pitch or call.kv_len
+    return call.kv_len * (1 if call.token_major_keys else call.kv_heads)
+
+
+#: Places of tokens are counted in 32 bits.
+_MOST_TOKENS = 2**31
+
+
+def where_keys_lie(key: torch.Tensor, value: torch.Tensor) -> tuple[bool, int]:
+    """(``token_major_keys``, ``key_pitch``) of a :class:`~smartattn.call.Call` with these tensors.
+
+    Args:
+        key, value: (batch, kv_heads, kv_len, dim).
+    """
+    batch, heads, length, _ = key.shape
+    # One head lies either way.
+    token_major = heads == 1 or key.stride(1) < key.stride(2)
+    found = set()
+    for states in (key, value):
+        batch_stride, _, token_stride, _ = states.stride()
+        if batch == 1 or length == 1:
+            found.add(length)
+        elif token_stride and batch_stride % token_stride == 0:
+            found.add(batch_stride // token_stride)
+        else:
+            found.add(0)
+    pitch = found.pop()
+    in_a_row = not found and pitch >= length and batch * pitch < _MOST_TOKENS
+    return token_major, pitch if in_a_row else 0
 
 
 def _flattened(states: torch.Tensor) -> torch.Tensor:
@@ -127,18 +156,33 @@ def _flattened(states: torch.Tensor) -> torch.Tensor:
     return states.transpose(1, 2).flatten(0, 1)
 
 
-def _viewed(states: torch.Tensor) -> torch.Tensor:
-    """The same where there is no gradient: by one operation, which the host feels."""
+def _in_a_row(states: torch.Tensor, pitch: int) -> torch.Tensor:
+    """(batch, heads, length, dim) as tokens in a row, of which each row's begin ``pitch`` apart.
+
+    For what needs no gradient: a view by one operation, which the host feels, or else a copy.
+
+    Returns:
+        ((batch - 1) * pitch + length, heads, dim), the last dimension dense.
+    """
     batch, heads, length, dim = states.shape
     batch_stride, head_stride, token_stride, stride = states.stride()
-    if length == 1:
-        token_stride = batch_stride
-    elif batch > 1 and batch_stride != length * token_stride:
-        return _flattened(states)
-    if token_stride == 0 and batch > 1:
-        # Rows that share their memory.
-        return _flattened(states).contiguous()
-    return states.as_strided((batch * length, heads, dim), (token_stride, head_stride, stride))
+    fits = stride == 1
+    if batch > 1:
+        if length == 1:
+            token_stride, rest = divmod(batch_stride, pitch)
+            fits = fits and rest == 0
+        # Rows that share their memory are no rows to a kernel that writes, or clears, some.
+        fits = fits and token_stride > 0 and batch_stride == pitch * token_stride
+    if not fits:
+        # By token, or by head if that is how so long a row comes about.
+        token_stride, head_stride = heads * dim, dim
+        if pitch >= heads * length:
+            token_stride, head_stride = dim, length * dim
+        strides = (pitch * token_stride, head_stride, token_stride, 1)
+        states = states.new_empty_strided(states.shape, strides).copy_(states)
+    return states.as_strided(
+        ((batch - 1) * pitch + length, heads, dim), (token_stride, head_stride, 1)
+    )
 
 
 def varlen_refusals(plan: Plan, call: Call) -> list[str]:

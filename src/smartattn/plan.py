@@ -246,11 +246,11 @@ class Plan:
         """Where the real tokens lie once they are packed, see :func:`layouts.packed_layout`."""
         return self._derive(("varlen", pack_queries), lambda: packed_layout(self, pack_queries))
 
-    def in_place(self, pack_queries: bool, used_keys: bool) -> VarlenLayout:
+    def in_place(self, pack_queries: bool, used_keys: bool, pitch: int) -> VarlenLayout:
         """Where they lie in the padded tensors, see :func:`layouts.in_place_layout`."""
         return self._derive(
-            ("in place", pack_queries, used_keys),
-            lambda: in_place_layout(self, pack_queries, used_keys),
+            ("in place", pack_queries, used_keys, pitch),
+            lambda: in_place_layout(self, pack_queries, used_keys, pitch),
         )
 
     def key_bounds(self) -> KeyBounds:

@@ -9,11 +9,9 @@ import functools
 
 import torch
 
-from .layouts import VarlenLayout
+from .layouts import LONGEST_TILE, VarlenLayout
 from .machine import one_line
 
-#: Keys that one tile of any build of a kernel holds at most.
-_LONGEST_TILE = 256
 #: What one program of the Triton kernel looks at: tokens, and elements of each.
 _TOKENS, _ELEMENTS = 8, 1024
 
@@ -29,11 +27,11 @@ def unavailable(device: torch.device) -> str | None:
     try:
         # No result is read back: layers ask, and they never wait for the device. Triton builds a
         # kernel for each dtype, and another one for addresses that are not multiples of 16.
-        bounds = torch.zeros(6, dtype=torch.int32, device=device)
+        bounds = torch.zeros(4, dtype=torch.int32, device=device)
         for dtype in (torch.bfloat16, torch.float16):
             values = torch.zeros(2, 1, 64, dtype=dtype, device=device)
-            _clear(values, bounds, 1)
-            _clear(values, bounds[2:], 1)
+            _clear(values, bounds[:2])
+            _clear(values, bounds[2:])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
@@ -48,18 +46,18 @@ def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
 
     Args:
         values: (total_k, kv_heads, head_dim), the last dimension dense.
-        layout: one of :func:`~smartattn.layouts.in_place_layout` with ``used_k``: gap, sequence,
-            gap, ..., gap.
+        layout: one of :func:`~smartattn.layouts.in_place_layout` with ``used_k``.
     """
-    _clear(values, layout.cu_seqlens_k, (layout.cu_seqlens_k.shape[0] - 2) // 2)
+    if layout.tails is not None:
+        _clear(values, layout.tails)
 
 
-def _clear(values: torch.Tensor, bounds: torch.Tensor, sequences: int) -> None:
+def _clear(values: torch.Tensor, bounds: torch.Tensor) -> None:
     # Not every machine has Triton, and its import takes a while.
     from .triton_kernels import clear_kernel
 
     _, heads, dim = values.shape
-    grid = (sequences, _LONGEST_TILE // _TOKENS, -(-heads * dim // _ELEMENTS))
+    grid = (bounds.shape[0] // 2, LONGEST_TILE // _TOKENS, -(-heads * dim // _ELEMENTS))
     with torch.cuda.device(values.device):
         clear_kernel[grid](
             values,

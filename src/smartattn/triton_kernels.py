@@ -17,17 +17,16 @@ def clear_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """See :func:`smartattn.tails.clear_tails`; programs are (sequence, tokens, elements)."""
-    place = tl.program_id(0) * 2 + 2
-    end = tl.load(bounds + place)
-    following = tl.load(bounds + place + 1)
-    first = end + tl.program_id(1) * TOKENS
-    if first < following:
+    """See :func:`smartattn.tails.clear_tails`; programs are (gap, tokens, elements)."""
+    place = tl.program_id(0) * 2
+    first = tl.load(bounds + place) + tl.program_id(1) * TOKENS
+    last = tl.load(bounds + place + 1)
+    if first < last:
         token = first + tl.arange(0, TOKENS)
         element = tl.program_id(2) * ELEMENTS + tl.arange(0, ELEMENTS)
         offset = (element // dim).to(tl.int64) * head_stride + element % dim
         pointer = values + token.to(tl.int64)[:, None] * token_stride + offset[None, :]
-        inside = (token < following)[:, None] & (element < width)[None, :]
+        inside = (token < last)[:, None] & (element < width)[None, :]
         found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
         # Infinity less itself is not a number, and that is unequal to everything.
         bad = (found - found) != 0.0

@@ -76,7 +76,7 @@ def skipping_pays(plan: Plan, call: Call) -> bool:
     if not plan.is_padded or (call.grad and plan.q_len < BACKWARD_QUERIES):
         return False
     needed: float = _SPARED_TOKENS
-    if not call.token_major_keys:
+    if call.copies_keys:
         # The empty part of a static cache would be copied too.
         if call.grad or plan.visible < plan.kv_len:
             return False
