@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,7 @@ def measure(
     rounds: int,
     seconds: float,
     end: float = math.inf,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
 ) -> Result:
     """Interleaved rounds of all implementations on one workload.
 
@@ -291,7 +292,7 @@ def measure(
     run, real = task(workload, model, device, rounds + 1)
     times: dict[str, list[float]] = {}
     reference = None
-    for name in IMPLEMENTATIONS:
+    for name in implementations:
         try:
             model.set_attn_implementation(name)
             common.reset_peak(device)

@@ -49,7 +49,8 @@ def _among(
     return [found[name] for name in names if name in found], [n for n in names if n not in found]
 
 
-def _is_padded(workload: Workload) -> bool:
+def is_padded(workload: Workload) -> bool:
+    """Of those over which the gain under padding is averaged."""
     return (
         workload.task in ("forward", "prefill")
         and workload.padding > 0
@@ -78,7 +79,7 @@ def wanted(run: Run, grid: Sequence[Workload]) -> list[Judged]:
             note=f"{worst}; {above} of {len(shares)} above {_WORST}",
         )
     ]
-    padded, missing = _among(run, grid, _is_padded)
+    padded, missing = _among(run, grid, is_padded)
     rows.append(
         judged(
             f"padded forwards of at least {_PADDED_TOKENS:,} tokens: min(sdpa, FA2) / smart, "

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from benchmarks import calls, choices, common, models, models_page, padding_free
+from benchmarks import bounds, calls, choices, common, models, models_page, padding_free
 from benchmarks.common import Budget, Run
 
 from smartattn.backends import BACKENDS
@@ -204,6 +205,27 @@ def test_models_are_measured_and_compared() -> None:
             assert result.equal_tokens == {"sdpa": 1.0, "smart": 1.0}
         else:
             assert result.difference["smart"] < 1e-5
+
+
+def test_bounds_are_of_the_batch_without_its_attention() -> None:
+    bounds.register()
+    results = []
+    for workload in bounds.tiny_workloads():
+        model = models.build(workload.model, CPU, torch.float32)
+        with mock.patch.object(bounds, "fastest", side_effect=bounds.fastest) as fastest:
+            results.append(bounds.measure(workload, model, CPU, 3, 0.0))
+        (lengths, causal, query, key), _ = fastest.call_args
+        real = int(models.padded_batch(workload, 100, CPU)["attention_mask"].sum())
+        assert lengths.sum() == real < workload.batch * workload.length
+        assert causal == (workload.model == "tiny-llama")
+        assert (query.shape[1], key.shape[1]) == (4, 2 if causal else 4)
+        assert results[-1].median_ms.keys() == {"sdpa", "smart", "packed", "free"}
+        # One kernel for all layers and rounds: what is timed is not its making.
+        assert fastest.call_count == 1
+        assert model.config._attn_implementation == "sdpa"
+    results[0].median_ms = {"sdpa": 4.0, "flash_attention_2": 3.0, "smart": 2.0, "packed": 1.5}
+    assert bounds.gains(results[0]) == {"smart": 1.5, "packed": 2.0}
+    assert "better / smart 1.500 (sdpa / smart 2.000)" in bounds.table(results[:1])
 
 
 def test_a_plot_needs_matplotlib_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
