@@ -381,6 +381,11 @@ class Case:
             states = [part for group in fused for part in _fused(group)]
         elif self.layout == "heads first":
             states = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in states]
+        elif self.layout == "sliced":
+            states = [states[0], *map(_sliced, states[1:])]
+        elif self.layout == "stacked":
+            both = torch.stack([x.transpose(1, 2) for x in states[1:]], dim=1)
+            states = [states[0], *(x.transpose(1, 2) for x in both.unbind(1))]
         query, key, value = (x.requires_grad_(self.grad).transpose(1, 2) for x in states)
         if self.layout == "expanded":
             key, value = (x.expand(-1, self.kv_heads, -1, -1) for x in (key, value))
@@ -397,6 +402,14 @@ class Case:
 
 
 SOFTCAP = 2.0
+
+
+def _sliced(states: torch.Tensor) -> torch.Tensor:
+    """The same values as a (batch, heads, length, dim) cache that holds NaN behind them."""
+    batch, length, heads, dim = states.shape
+    cache = states.new_full((batch, heads, 2 * length + 1, dim), torch.nan)
+    cache[:, :, :length] = states.transpose(1, 2)
+    return cache[:, :, :length].transpose(1, 2)
 
 
 def _fused(states: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -117,8 +117,15 @@ MUTATIONS = (
     Mutation(
         "one figure serves keys and values that lie apart",
         "packing.py",
-        "in_a_row = not found and pitch >= length",
-        "in_a_row = pitch >= length",
+        "return token_major, 0 if pitches or batch",
+        "return token_major, 0 if batch",
+        PACKING,
+    ),
+    Mutation(
+        "keys with the memory of others in between count as a whole cache",
+        "packing.py",
+        "if batch_stride == heads * head_stride and head_stride == length * token_stride > 0:",
+        "if batch_stride == heads * head_stride:",
         PACKING,
     ),
     Mutation(

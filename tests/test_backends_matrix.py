@@ -386,30 +386,58 @@ def _core(name: str, n: int = N) -> Situation:
     return next(s for s in situations(n) if s.name == f"{name}-{n}")
 
 
+NAN_LAYOUTS = ("tokens first", "heads first", "fused", "sliced", "stacked")
+
+
+def check_nan_in_padding(backend: Backend, case: Case, device: torch.device) -> None:
+    """Fills the padding with what must not spread, where it lies, and compares the outputs."""
+    s = case.situation
+    plan = s.plan(device, case.dtype)
+    query, key, value = case.tensors(device)
+    call = case.call_with(key, value)
+    clean = backend.run(plan, call, query, key, value, {})
+    padding = torch.from_numpy(~s.real).to(device)[:, None, :, None]
+    for poison in (torch.nan, torch.inf):
+        states = case.tensors(device)
+        # A single query is computed wherever it stands.
+        first = 0 if s.q_len > 1 else 1
+        for one, place in list(zip(states, (s.shift, 0, 0), strict=True))[first:]:
+            hidden = padding[:, :, place : place + one.shape[2]]
+            one.detach().masked_fill_(hidden, poison)
+        before = [one.detach().clone() for one in states]
+        assert torch.equal(backend.run(plan, call, *states, {}), clean)
+        # What is written to keep it where it is stays in the padding too.
+        for one, earlier, place in zip(states, before, (s.shift, 0, 0), strict=True):
+            real = ~padding[:, :, place : place + one.shape[2]]
+            assert torch.equal(torch.where(real, one.detach(), 0), torch.where(real, earlier, 0))
+
+
 @pytest.mark.usefixtures("stand_in_kernels")
 @pytest.mark.parametrize(
-    "name", ["causal-left", "bidirectional-holes", "decode-left", "causal-both"]
+    "name",
+    [
+        "causal-left",
+        "causal-both",
+        "bidirectional-left",
+        "bidirectional-right",
+        "bidirectional-both",
+        "bidirectional-holes",
+        "decode-left",
+        "decode-both",
+        "cross-right",
+    ],
 )
 @pytest.mark.parametrize(
     ("layout", "grad"),
-    [("tokens first", True), ("tokens first", False), ("heads first", False), ("fused", False)],
+    [("tokens first", True), ("heads first", True), *((one, False) for one in NAN_LAYOUTS)],
 )
 @pytest.mark.parametrize("backend", ON_CPU[2:], ids=_label)
-def test_nan_in_padding_stays_there(backend: Backend, name: str, layout: str, grad: bool) -> None:
+def test_nan_in_padding_stays_there(backend: Backend, grad: bool, layout: str, name: str) -> None:
     """Backends that pack never read padding, whatever it holds (trap 1)."""
     case = Case(_core(name), 4, 2, 16, 16, layout, torch.float32, grad)
-    s = case.situation
-    query, key, value = case.tensors(CPU)
     if not takes(backend, case):
         pytest.skip("not a case of this backend")
-    call = case.call_with(key, value)
-    padding = torch.from_numpy(~s.real)
-    poison = torch.where(padding, torch.nan, 0.0)[:, None, :, None]
-    own = poison[:, :, s.shift : s.shift + s.q_len]
-    plan = s.plan(CPU, case.dtype)
-    clean = backend.run(plan, call, query, key, value, {})
-    poisoned = backend.run(plan, call, query + own, key + poison, value + poison, {})
-    assert torch.equal(poisoned, clean)
+    check_nan_in_padding(backend, case, CPU)
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "both"])
@@ -849,19 +877,9 @@ def test_nan_in_padding_stays_there_on_a_gpu(backend: Backend, name: str) -> Non
     """Kernels that read the padded tensors in place must not read what is padding (trap 1)."""
     if (reason := backend.unavailable()) is not None:
         pytest.skip(reason)
-    for layout in ("tokens first", "heads first"):
+    for layout in NAN_LAYOUTS:
         case = Case(_core(name, 97), 8, 2, 64, 64, layout, torch.bfloat16, False)
-        s = case.situation
-        query, key, value = case.tensors(CUDA)
-        padding = torch.from_numpy(~s.real).to(CUDA)
-        own = padding[:, None, s.shift : s.shift + s.q_len, None]
-        padding = padding[:, None, :, None]
-        plan, call = s.plan(CUDA, case.dtype), case.call_with(key, value)
-        clean = backend.run(plan, call, query, key, value, {})
-        for poison in (torch.nan, torch.inf):
-            states = key.masked_fill(padding, poison), value.masked_fill(padding, poison)
-            poisoned = backend.run(plan, call, query.masked_fill(own, poison), *states, {})
-            assert torch.equal(poisoned, clean)
+        check_nan_in_padding(backend, case, CUDA)
 
 
 @pytest.mark.gpu

@@ -331,13 +331,15 @@ def test_tokens_in_a_row_are_a_view_wherever_they_can_be(
     batch, heads, length, dim = shape
     states = _states(layout, batch, heads, length, dim)
     _, pitch = where_keys_lie(states, states)
-    assert pitch == (
-        length
-        if batch == 1 or length == 1 or layout not in ("heads first", "sliced")
-        else heads * length * (2 if layout == "sliced" else 1)
-    )
+    by_head = heads > 1 and layout in ("heads first", "sliced")
+    if batch == 1 or length == 1:
+        assert pitch == length
+    elif layout == "sliced":
+        assert pitch == 0, "a tile of a kernel would reach into what is not theirs"
+    else:
+        assert pitch == length * (heads if by_head else 1)
     # By its own figure it is a view, by that of others a copy.
-    for given_ in {pitch, length, heads * length, heads * length + 3}:
+    for given_ in {length, heads * length}:
         row = _in_a_row(states, given_)
         assert row.shape == ((batch - 1) * given_ + length, heads, dim)
         assert row.stride(2) == 1
@@ -375,8 +377,13 @@ def test_where_keys_lie() -> None:
     # As in attention with latent keys, before they went through a cache.
     assert where_keys_lie(by_head, by_token) == (False, 0)
     assert where_keys_lie(by_head, _states("heads first", 2, 3, 5, 2)) == (False, 15)
-    assert where_keys_lie(by_head[:, :1], by_head[:, :1]) == (True, 15)
-    assert where_keys_lie(by_head[..., :3, :], by_head[..., :3, :]) == (False, 15)
+    # What lies between these rows belongs to others.
+    for part in (by_head[:, :1], by_head[:, :2], by_head[:, :, :3], by_head[:, ::2]):
+        assert where_keys_lie(part, part) == (part.shape[1] == 1, 0)
+    assert where_keys_lie(by_token[:, :2], by_token[:, :2]) == (True, 5)
+    assert where_keys_lie(by_token[:, :, :3], by_token[:, :, :3]) == (True, 0)
+    stacked = torch.zeros(2, 2, 3, 5, 4)
+    assert where_keys_lie(*stacked.unbind(1)) == (False, 0)
     # Places of tokens are 32-bit integers to kernels.
     with torch.device("meta"):
         far = torch.empty(2, 2**15, 2**15, 1)
@@ -385,27 +392,27 @@ def test_where_keys_lie() -> None:
 
 @st.composite
 def rows(draw: Any) -> tuple[np.ndarray[Any, Any], int, int]:
-    """Real tokens of a few rows, one run in each or none; heads; and what follows on each row."""
+    """Real tokens of a few rows, one run in each or none; and heads."""
     batch, width = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     real = np.zeros((batch, width), dtype=bool)
     for row in real:
         first = draw(st.integers(0, width))
         row[first : draw(st.integers(first, width))] = True
     real[0, 0] |= not real.any()
-    return real, draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    return real, draw(st.integers(1, 3))
 
 
 @thorough
 @given(rows(), st.booleans(), st.integers(1, 6))
 def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: int) -> None:
-    """Keys by token and by head, in a cache that holds more: the same sequences, no copy."""
-    real, heads, more = given_
+    """Keys by token and by head: the same sequences, no copy, and no NaN within a tile of them."""
+    real, heads = given_
     batch, width = real.shape
-    values = torch.arange(1.0, batch * heads * (width + more) * 2 + 1)
+    values = torch.arange(1.0, batch * heads * width * 2 + 1)
     if by_head:
-        keys = values.view(batch, heads, width + more, 2)[:, :, :width]
+        keys = values.view(batch, heads, width, 2)
     else:
-        keys = values.view(batch, width + more, heads, 2)[:, :width].transpose(1, 2)
+        keys = values.view(batch, width, heads, 2).transpose(1, 2)
     _, pitch = where_keys_lie(keys, keys)
     plan = Plan(batch, width, width, Pattern.BIDIRECTIONAL, CPU, real=real)
     with mock.patch.object(layouts, "LONGEST_TILE", tile):
@@ -421,23 +428,43 @@ def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: in
     assert all(map(torch.equal, found, [e for e in expected if len(e)]))
 
     # What a tile may reach of the padding is cleared, and nothing that is real.
+    kept = keys.clone()
+    keys.masked_fill_(torch.from_numpy(~real)[:, None, :, None], torch.nan)
     for first, last in torch.reshape(layout.tails, (-1, 2)) if layout.tails is not None else ():
         assert first < last <= first + tile
         row[first:last] = 0.0
-    kept = keys.transpose(1, 2)[torch.from_numpy(real)]
-    assert (kept != 0).all()
-    places = torch.zeros(len(values), dtype=torch.bool).as_strided(keys.shape, keys.stride())
-    places |= torch.from_numpy(~real)[:, None, :, None]
     for i, length in enumerate(used):
-        if not length:
-            continue
-        end = bounds[i] + length
-        reached = row[end : end + tile - 1]
-        padding = places.as_strided(row.shape, row.stride())[end : end + tile - 1]
-        assert (reached[padding] == 0).all()
+        if length:
+            assert row[bounds[i] : bounds[i] + length + tile - 1].isfinite().all()
+    assert torch.equal(
+        keys.transpose(1, 2)[torch.from_numpy(real)], kept.transpose(1, 2)[torch.from_numpy(real)]
+    )
 
 
-@pytest.mark.parametrize("layout", ["tokens first", "heads first", "sliced"])
+def test_layers_whose_keys_lie_otherwise_share_a_runner() -> None:
+    """A choice is that of the first layer of its kind."""
+    real = np.arange(5) < np.array([5, 2, 3])[:, None]
+    plan = Plan(3, 5, 5, Pattern.CAUSAL, CPU, real=real)
+    query = _states("tokens first", 3, 2, 5, 4)
+    kept = torch.from_numpy(real)
+
+    def kernel(q: Any, k: Any, v: Any, layout: VarlenLayout) -> torch.Tensor:
+        bounds, used = layout.cu_seqlens_k.tolist(), layout.used_k.tolist()
+        found = [k[bounds[i] : bounds[i] + used[i]] for i in range(len(used))]
+        assert torch.equal(torch.cat(found), query.transpose(1, 2)[kept])
+        assert torch.equal(k + 1, v)
+        return q
+
+    for first in LAYOUTS[:3]:
+        lies, pitch = where_keys_lie(*[_states(first, 3, 2, 5, 4)] * 2)
+        call = _call(plan, self_attention=True, token_major_keys=lies, key_pitch=pitch)
+        run = bind_in_place(kernel, plan, call, used_keys=True)
+        for later in (*LAYOUTS[:3], "sliced"):
+            key = _states(later, 3, 2, 5, 4)
+            run(query, key, key + 1, {})
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first", "fused"])
 def test_kernels_for_sequences_get_the_keys_themselves(layout: str) -> None:
     real = np.arange(5) < np.array([5, 2, 3])[:, None]
     plan = Plan(3, 5, 5, Pattern.CAUSAL, CPU, real=real)

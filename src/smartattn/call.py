@@ -48,9 +48,10 @@ class Call:
     #: sequence follow each other; False where a cache has concatenated them as (batch, kv_heads,
     #: kv_len, head_dim). It changes what a backend costs, never what it may run.
     token_major_keys: bool = True
-    #: Tokens from a row of keys, and of values, to the next one, in steps from token to token: a
-    #: cache that concatenates puts its heads in between. 0 where no figure holds for both, so that
-    #: kernels for sequences need copies; None if rows follow each other.
+    #: Tokens from a row of keys, and of values, to the next one, in steps from token to token:
+    #: ``kv_len``, or ``kv_heads * kv_len`` where the heads of a cache lie in between. 0 where
+    #: neither holds for both, so that kernels for sequences need copies; None for what
+    #: ``token_major_keys`` says of tensors without gaps.
     key_pitch: int | None = None
     #: The layer's own module has an eager attention function.
     has_eager: bool = False

@@ -134,21 +134,23 @@ def where_keys_lie(key: torch.Tensor, value: torch.Tensor) -> tuple[bool, int]:
     Args:
         key, value: (batch, kv_heads, kv_len, dim).
     """
-    batch, heads, length, _ = key.shape
+    batch, heads = key.shape[:2]
     # One head lies either way.
     token_major = heads == 1 or key.stride(1) < key.stride(2)
-    found = set()
-    for states in (key, value):
-        batch_stride, _, token_stride, _ = states.stride()
-        if batch == 1 or length == 1:
-            found.add(length)
-        elif token_stride and batch_stride % token_stride == 0:
-            found.add(batch_stride // token_stride)
-        else:
-            found.add(0)
-    pitch = found.pop()
-    in_a_row = not found and pitch >= length and batch * pitch < _MOST_TOKENS
-    return token_major, pitch if in_a_row else 0
+    pitches = {_pitch(key), _pitch(value)}
+    pitch = pitches.pop()
+    return token_major, 0 if pitches or batch * pitch >= _MOST_TOKENS else pitch
+
+
+def _pitch(states: torch.Tensor) -> int:
+    """Tokens from row to row, 0 if memory of others lies in between: a tile may reach into it."""
+    batch, heads, length, _ = states.shape
+    batch_stride, head_stride, token_stride, _ = states.stride()
+    if batch == 1 or length == 1 or batch_stride == length * token_stride > 0:
+        return length
+    if batch_stride == heads * head_stride and head_stride == length * token_stride > 0:
+        return heads * length
+    return 0
 
 
 def _flattened(states: torch.Tensor) -> torch.Tensor:
@@ -159,7 +161,8 @@ def _flattened(states: torch.Tensor) -> torch.Tensor:
 def _in_a_row(states: torch.Tensor, pitch: int) -> torch.Tensor:
     """(batch, heads, length, dim) as tokens in a row, of which each row's begin ``pitch`` apart.
 
-    For what needs no gradient: a view by one operation, which the host feels, or else a copy.
+    For what needs no gradient: a view by one operation, which the host feels, or else a copy. The
+    pitch is one of those that a call can have.
 
     Returns:
         ((batch - 1) * pitch + length, heads, dim), the last dimension dense.
@@ -174,10 +177,8 @@ def _in_a_row(states: torch.Tensor, pitch: int) -> torch.Tensor:
         # Rows that share their memory are no rows to a kernel that writes, or clears, some.
         fits = fits and token_stride > 0 and batch_stride == pitch * token_stride
     if not fits:
-        # By token, or by head if that is how so long a row comes about.
-        token_stride, head_stride = heads * dim, dim
-        if pitch >= heads * length:
-            token_stride, head_stride = dim, length * dim
+        by_token = pitch == length
+        token_stride, head_stride = (heads * dim, dim) if by_token else (dim, length * dim)
         strides = (pitch * token_stride, head_stride, token_stride, 1)
         states = states.new_empty_strided(states.shape, strides).copy_(states)
     return states.as_strided(

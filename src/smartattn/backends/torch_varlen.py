@@ -93,6 +93,15 @@ def _dense_operator() -> Any | None:
     return operator.default if names == _DENSE_ARGUMENTS else None
 
 
+def _replaced() -> str | None:
+    """The kernels that a user has put in the place of these.
+
+    What they read of padding, or refuse, is theirs.
+    """
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
+
+
 class TorchVarlenBackend(Backend):
     """The kernels of ``torch.nn.attention.varlen``: no package beside torch is needed.
 
@@ -116,6 +125,8 @@ class TorchVarlenBackend(Backend):
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
+        if call.device.type == "cuda" and (other := _replaced()) is not None:
+            reasons.append(f"its kernels are replaced by {other} in this process")
         if 0 in (call.batch, call.q_len, call.kv_len):
             reasons.append("takes no empty tensors")
         if (call.grad or _operator() is None) and not plan.is_padded and not plan.is_packed:
