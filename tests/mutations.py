@@ -747,7 +747,7 @@ MUTATIONS = (
     Mutation(
         "few samples of a layout stay alone",
         "fit.py",
-        "if len(group.samples) < _BENDING_SAMPLES:",
+        "if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:",
         "if False:",
         FIT,
     ),

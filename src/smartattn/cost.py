@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from pydantic import Field, StringConstraints, model_validator
 
 from .call import Call
-from .features import BEND_TERMS, FEATURES, Layout, Mode, Regime, bend_terms, features, regime_of
+from .features import (
+    BEND_TERMS,
+    FEATURES,
+    FIXED,
+    Layout,
+    Mode,
+    Regime,
+    bend_terms,
+    features,
+    regime_of,
+)
 from .machine import Record
 from .plan import Plan
 from .surroundings import Surroundings, waited_us
@@ -64,7 +74,8 @@ class Cost(Record):
     #: Logarithm of what ``device_us`` is multiplied by, in the terms of :func:`bend_terms`; empty
     #: if too little was measured to tell.
     bend: tuple[Term, ...] = ()
-    #: Thread blocks that the device runs at once, for the feature ``block_keys``; 0 if unknown.
+    #: Thread blocks that the device runs at once, for the features ``blocks`` and ``block_keys``; 0
+    #: if unknown.
     slots: Annotated[int, Field(ge=0, le=10**6)] = 0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
@@ -111,6 +122,8 @@ class _Model(NamedTuple):
     head_dim: int
     longest: int
     host: _Terms
+    #: Apart from the others those that the head_dim has no part in.
+    fixed: _Terms
     device: _Terms
     prepare: _Terms
     memory: _Terms
@@ -136,7 +149,8 @@ class Predictor:
                 head_dim=cost.head_dim,
                 longest=cost.longest_kv_len * MAX_EXTRAPOLATION,
                 host=_terms(cost.host_us),
-                device=_terms(cost.device_us),
+                fixed=_terms(cost.device_us, FIXED),
+                device=_terms(cost.device_us, FEATURES.keys() - FIXED),
                 prepare=_terms(cost.prepare_us),
                 memory=_terms(cost.peak_bytes),
                 error=cost.error,
@@ -171,11 +185,16 @@ class Predictor:
         for model in models:
             if model.head_dim >= wanted_dim:
                 break
-        scale = max(1.0, wanted_dim / model.head_dim)
+        scale = fixed_scale = max(1.0, wanted_dim / model.head_dim)
         if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
         host_us = _weighted(model.host, amounts)
-        device_us = scale * _weighted(model.device, amounts)
+        device_scale = scale
+        if mode == "decode":
+            # The keys are read and not computed with: there are as many bytes as there are.
+            device_scale, fixed_scale = wanted_dim / model.head_dim, 1.0
+        device_us = device_scale * _weighted(model.device, amounts)
+        device_us += fixed_scale * _weighted(model.fixed, amounts)
         if model.bend:
             device_us *= bend_factor(model.bend, seen.terms)
         slack_us = 0.0
@@ -200,8 +219,10 @@ _Terms: TypeAlias = tuple[tuple[int, float], ...]
 _PLACES = {name: place for place, name in enumerate(FEATURES)}
 
 
-def _terms(coefficients: dict[str, float]) -> _Terms:
-    return tuple((_PLACES[name], value) for name, value in coefficients.items() if value)
+def _terms(coefficients: dict[str, float], names: Collection[str] = FEATURES) -> _Terms:
+    return tuple(
+        (_PLACES[name], value) for name, value in coefficients.items() if value and name in names
+    )
 
 
 def _weighted(terms: _Terms, amounts: tuple[float, ...]) -> float:

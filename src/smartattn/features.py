@@ -45,8 +45,14 @@ FEATURES: dict[str, str] = {
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
     "block_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
+    "blocks": "one query per sequence: 10^3 thread blocks, whose heads share their keys",
     "sequence_pairs": "real_pairs, or visible_pairs of right padding that is not worth skipping",
 }
+
+#: Features that the head_dim has no part in.
+FIXED = frozenset(
+    {"call", "groups", "gathers", "sequenced", "sequences", "mask_pairs", "blocks"},
+)
 
 #: The sizes whose logarithms bend a model, each with the middle of its usual range and half of its
 #: width in octaves. Work is not all that counts: how many blocks share it, and how evenly, decides
@@ -161,6 +167,7 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
         facts.walked * 1e-3,
         facts.groups * (queries * heads + 2 * keys * kv_heads),
         _block_keys(plan, call, facts, slots) * 1e-3 if slots and call.q_len == 1 else 0.0,
+        _blocks(call, facts) * 1e-3 if slots and call.q_len == 1 else 0.0,
         visible_pairs if whole else real_pairs,
     )
 
@@ -189,6 +196,15 @@ def _facts(plan: Plan) -> _Facts:
     return _Facts(len(lengths), len(lengths), sum(lengths), longest)
 
 
+def _blocks(call: Call, facts: _Facts) -> int:
+    """Thread blocks for one query per sequence, before any keys are split.
+
+    Starting one and fetching what it needs takes time however few keys there are, which is most of
+    what many short sequences cost; ``sequences`` counts the heads that share a block, too.
+    """
+    return facts.sequences * call.kv_heads * math.ceil(call.group_size / _BLOCK_HEADS)
+
+
 def _block_keys(plan: Plan, call: Call, facts: _Facts, slots: int) -> float:
     """Keys that the busiest of the blocks walks which run at once, for one query per sequence.
 
@@ -196,7 +212,7 @@ def _block_keys(plan: Plan, call: Call, facts: _Facts, slots: int) -> float:
     waves: the last one takes as long as a full one, and none is shorter than its longest sequence.
     Source: ``num_splits_heuristic`` in csrc/flash_attn/flash_api.cpp of flash-attention.
     """
-    blocks = facts.sequences * call.kv_heads * math.ceil(call.group_size / _BLOCK_HEADS)
+    blocks = _blocks(call, facts)
     if not blocks:
         return 0.0
     mean = plan.real_k / facts.sequences

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 
 from .cost import BEND_LIMIT, Cost
-from .features import BEND_TERMS, FEATURES, Layout, Mode, Regime, bend_terms, features, regime_of
+from .features import (
+    BEND_TERMS,
+    FEATURES,
+    FIXED,
+    Layout,
+    Mode,
+    Regime,
+    bend_terms,
+    features,
+    regime_of,
+)
 from .grid import FEWEST
 from .least_squares import FloatArray, log_errors, outlier_weights, relative_fit
 from .profile import Profile, Rule, Run, default_stack_rules
@@ -34,9 +44,15 @@ _BLOCKS_PER_PROCESSOR = 2
 _WORST_MISS = 1.5
 
 
-#: Fewest samples of a group that its models are bent by, rounds in which outliers lose weight, and
-#: how many samples of one half width each term is held back by.
-_BENDING_SAMPLES, _BENDING_ROUNDS, _STIFFNESS = 24, 5, 4.0
+#: Fewest samples of a group that its models are bent by; one of fewer learns from its siblings.
+#: Those differ most in decoding: what a kernel does about padding may take many times as long as
+#: reading the keys, and then nothing is to be learned from rows without.
+_BENDING_SAMPLES: dict[Mode, int] = {"forward": 24, "train": 24, "decode": 8}
+#: How many samples of one half width each term of a bend is held back by. Features of their own
+#: tell how the blocks of a decoding step share its work, and leave less to a bend.
+_STIFFNESS: dict[Mode, float] = {"forward": 4.0, "train": 4.0, "decode": 60.0}
+#: Rounds in which outliers lose weight.
+_BENDING_ROUNDS = 5
 
 
 def _columns(*names: str) -> FloatArray:
@@ -47,6 +63,7 @@ def _columns(*names: str) -> FloatArray:
 _WALKS = (
     _columns(
         "call",
+        "blocks",
         "block_keys",
         "sequences",
         "dense_pairs",
@@ -59,6 +76,7 @@ _WALKS = (
     ),
     _columns(
         "call",
+        "blocks",
         "block_keys",
         "groups",
         "sequenced",
@@ -72,6 +90,7 @@ _WALKS = (
     ),
     _columns(
         "call",
+        "blocks",
         "block_keys",
         "groups",
         "real_pairs",
@@ -94,6 +113,8 @@ _NEEDED_AS = {
 #: nothing for the other features of the very sample that reached it.
 _CREDIBLE_RATE = 0.5
 _PLACES = {name: place for place, name in enumerate(FEATURES)}
+#: Features that are unknown without the number of slots.
+_SLOTTED = [_PLACES["blocks"], _PLACES["block_keys"]]
 #: The host does not see how much work a launch is, only how many launches there are.
 _LAUNCHES = _columns("call", "groups", "gathers", "sequenced")
 #: What is made once per forward: indices, masks, and what a kernel builds for lengths new to it.
@@ -115,7 +136,9 @@ _ALLOCATED = _columns(
 #: something of the other.
 _KIN = frozenset({"flash_attention_2", "torch_varlen"})
 #: Coefficients that grow with head_dim.
-_SCALES = 1.0 - _columns("call", "groups", "gathers", "sequenced", "sequences", "mask_pairs")
+_SCALES = 1.0 - _columns(*FIXED)
+#: What all kernels may walk alike is left out where that is found out: few samples tell little.
+_TELLING = 1.0 - _columns("blocks")
 
 
 _Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]
@@ -164,7 +187,7 @@ def fit_costs(
     for group in groups:
         group.best_rate = rates[group.regime.mode, group.regime.dtype]
         group.kin = [other for other in groups if other is not group and group.is_kin_of(other)]
-        if len(group.samples) < _BENDING_SAMPLES:
+        if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:
             group.siblings = [other for other in groups if group.is_sibling_of(other)]
     # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
     misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
@@ -256,7 +279,7 @@ class _Group:
         if len(self.samples) < FEWEST:
             return missed
         for place, columns in enumerate(_WALKS):
-            amounts = self.amounts * columns
+            amounts = self.amounts * columns * _TELLING
             for fold in range(min(_FOLDS, len(self.samples))):
                 rest, out = folds != fold, folds == fold
                 fitted = relative_fit(
@@ -301,7 +324,8 @@ class _Group:
 
     def _bend(self, device: list[FloatArray]) -> FloatArray | None:
         """What the linear models of the group leave over, in the terms of a bend."""
-        if len(self.samples) < _BENDING_SAMPLES:
+        mode = self.regime.mode
+        if len(self.samples) < _BENDING_SAMPLES[mode]:
             return None
         straight = np.concatenate(
             [table.amounts @ one for table, one in zip(self.tables, device, strict=True)]
@@ -309,7 +333,7 @@ class _Group:
         left = np.log(np.maximum(self.device_us, 1e-3) / np.maximum(straight, 1e-3))
         left = np.clip(left, -np.log(BEND_LIMIT), np.log(BEND_LIMIT))
         terms = np.concatenate([table.terms for table in self.tables])
-        held = np.diag([0.0, *[_STIFFNESS] * (BEND_TERMS - 1)])
+        held = np.diag([0.0, *[_STIFFNESS[mode]] * (BEND_TERMS - 1)])
         bend: FloatArray = np.zeros(BEND_TERMS)
         for _ in range(_BENDING_ROUNDS):
             weighted = terms * outlier_weights(np.abs(left - terms @ bend))[:, None]
@@ -346,7 +370,7 @@ class _Group:
             error=float(f"{np.median(errors):.3g}"),
             build_us=_build_us(self.samples),
             bend=() if bend is None else tuple(float(f"{term:.4g}") for term in bend),
-            slots=slots if device[_PLACES["block_keys"]] else 0,
+            slots=slots if device[_SLOTTED].any() else 0,
             # The coefficients come from all of the group's samples, and so does their reach.
             longest_kv_len=max(sample.workload.kv_len for sample in self.samples),
             samples=len(table.samples),
