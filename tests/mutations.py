@@ -215,8 +215,22 @@ MUTATIONS = (
     Mutation(
         "a row without a real token ends at its last slot",
         "plan.py",
-        "end[empty] = start[empty] = 0",
-        "start[empty] = 0",
+        "end[length == 0] = 0",
+        "pass",
+        PLAN,
+    ),
+    Mutation(
+        "a full row passes for an empty one",
+        "plan.py",
+        "end[(end == 0) & real[:, 0]] = width",
+        "end[end == 0] = width",
+        PLAN,
+    ),
+    Mutation(
+        "rows with holes pass for rows padded on the left",
+        "plan.py",
+        "if length.sum() == count:",
+        "if length.sum() >= count:",
         PLAN,
     ),
     Mutation(
@@ -628,8 +642,8 @@ MUTATIONS = (
     Mutation(
         "padding-free: packed layers lose their window",
         "packed_stack.py",
-        "plan.device, window=plan.window, packed=starts",
-        "plan.device, packed=starts",
+        "plan.device, window=plan.window, packed=row",
+        "plan.device, packed=row",
         PADDING_FREE,
     ),
     Mutation(

@@ -22,9 +22,11 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import smartattn
-from smartattn import padded, padding_free, stacks
+from smartattn import layouts, padded, padding_free, stacks
 from smartattn.control import SETTINGS
+from smartattn.packed_stack import packed_plan
 from smartattn.padding_free import _FRAME
+from smartattn.plan import Pattern, Plan
 from smartattn.profile import load, shipped_profiles, stack_rules
 from smartattn.stack_rule import StackRule, StackWhen, stack_rule
 
@@ -263,6 +265,33 @@ def test_masks_of_a_caller_that_serve_several_forwards() -> None:
     assert [(row.packed, row.calls) for row in trace.stacks] == [(True, 2)]
     with torch.no_grad():
         assert_agree(model(**inputs, attention_mask=masks).logits, expected, where=LEFT)
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "holes", "empty_row"])
+def test_sequences_of_the_packed_tokens_are_told_to_the_device_once(
+    padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bounds that the gather needs are those of the packed kernels."""
+    uploads = []
+    monkeypatch.setattr(
+        layouts, "upload", lambda *a, upload=layouts.upload: uploads.append(a) or upload(*a)
+    )
+    mask = MASKS[padding]
+    real = mask.bool().numpy()
+    padded = Plan(*mask.shape, mask.shape[1], Pattern.CAUSAL, mask.device, real=real)
+    packed = packed_plan(padded)
+    lengths = [int(n) for n in real.sum(axis=1) if n]
+    places = padded.varlen(True).q_index
+    assert places is not None
+    assert places.tolist() == real.reshape(-1).nonzero()[0].tolist()
+    layout = packed.varlen(True)
+    assert layout.cu_seqlens_q.tolist() == layout.cu_seqlens_k.tolist()
+    assert layout.cu_seqlens_q.diff().tolist() == lengths
+    assert (layout.q_index, layout.k_index) == (None, None)
+    assert (layout.total_q, layout.max_seqlen_k) == (sum(lengths), max(lengths))
+    # Kernels need not know of rows without a token.
+    assert len(uploads) == (2 if padding == "empty_row" else 1)
+    assert packed.on(torch.device("meta")).varlen(True).cu_seqlens_q.is_meta
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from smartattn.dense import local_mask
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
 from smartattn.packing import packs_queries, varlen_refusals
-from smartattn.plan import Padding, Pattern, Plan
+from smartattn.plan import Padding, Pattern, Plan, _bounds
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -250,6 +250,25 @@ def test_an_offset_on_the_device_says_the_same(batch: Batch) -> None:
     assert mask.plan.describe() == batch.plan.describe()
     assert mask.plan.shift == batch.shift
     assert np.array_equal(dense_of(mask.plan), batch.seen)
+
+
+@thorough
+@given(st.data())
+def test_bounds_of_rows_against_counting(data: st.DataObject) -> None:
+    """Rows padded on one side are read by a shorter way than others, full and empty ones too."""
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    kind = data.draw(st.sampled_from(["right", "left", "both", "holes"]))
+    real = np.zeros((rows, width), dtype=bool)
+    for row in real:
+        start, end = sorted(data.draw(st.tuples(*[st.integers(0, width)] * 2)))
+        row[0 if kind == "right" else start : width if kind == "left" else end] = True
+        if kind == "holes":
+            row[data.draw(st.integers(0, width - 1))] ^= True
+    start, end, length = _bounds(real)
+    for row, first, behind, count in zip(real, start, end, length, strict=True):
+        places = row.nonzero()[0]
+        expected = (places[0], places[-1] + 1) if len(places) else (0, 0)
+        assert (first, behind, count) == (*expected, len(places))
 
 
 @thorough

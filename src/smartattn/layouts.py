@@ -6,7 +6,7 @@ Everything is computed from the host's numbers and uploaded in one copy; nothing
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,6 +112,11 @@ def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
         q_index=q_index,
         k_index=k_index,
     )
+
+
+def in_a_row(layout: VarlenLayout) -> VarlenLayout:
+    """A layout of tokens that were gathered already."""
+    return replace(layout, q_index=None, k_index=None)
 
 
 def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool, pitch: int) -> VarlenLayout:

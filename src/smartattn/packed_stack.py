@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .layouts import Sequences
 from .mask import PlanMask
 from .plan import Padding, Plan
 
@@ -125,12 +126,14 @@ def packed_plan(plan: Plan) -> Plan:
     assert sequences is not None
     lengths = sequences.q_length[sequences.q_length > 0]
     total = int(lengths.sum())
-    starts = None
+    row = None
     if len(lengths) > 1:
-        starts = np.zeros((1, total), dtype=bool)
-        starts[0, np.cumsum(lengths) - lengths] = True
-    packed = Plan(1, total, total, plan.pattern, plan.device, window=plan.window, packed=starts)
+        starts = np.cumsum(lengths) - lengths
+        row = Sequences(np.zeros_like(starts), starts, lengths, starts, lengths)
+    packed = Plan(1, total, total, plan.pattern, plan.device, window=plan.window, packed=row)
     packed.settings = plan.settings
+    if len(lengths) == plan.batch:
+        packed.with_padding = weakref.ref(plan)
     return packed
 
 

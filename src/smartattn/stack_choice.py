@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,8 @@ def exactness_refusal(request: Request, packing: Packing, packed: Plan) -> str |
 def attention_refusal(request: Request, packed: Plan) -> str | None:
     """Why attention over the packed tokens would need a mask of all tokens by all tokens."""
     call = _call(request, packed)
+    if _some_reads_packed(packed, call, request.settings.backends):
+        return None
     try:
         profile = profile_for(packed.device)
         decision = _chooser(packed, call, profile, request.settings.backends)
@@ -84,6 +87,19 @@ def backend_refusal(backend: Backend, packed: Plan, call: Call) -> str | None:
     if packed.is_packed and (backend.last_resort or backend.uses_dense_mask(packed, call)):
         return f"{backend.name} needs a mask of all tokens by all tokens for packed sequences"
     return None
+
+
+def _some_reads_packed(packed: Plan, call: Call, allowed: Sequence[str] | None) -> bool:
+    """Whether a backend that may run takes the packed tokens as they are.
+
+    Then one of those is chosen, see :func:`choose.choose`; which one may be found out later.
+    """
+    return any(
+        not (backend.last_resort or backend.uses_dense_mask(packed, call))
+        and not backend.refusals(packed, call)
+        for backend in BACKENDS
+        if allowed is None or backend.name in allowed
+    )
 
 
 def worth(request: Request, always: bool) -> tuple[bool, str]:
