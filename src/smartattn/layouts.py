@@ -80,33 +80,36 @@ def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
     ``q_len``: what cross-attention needs, whose mask speaks of the keys alone.
     """
     sequences = _of(plan)
-    q_length = sequences.q_length
-    if not pack_queries:
-        q_length = np.full_like(sequences.k_length, plan.q_len)
-    cu_q, cu_k = _cumulative(q_length), _cumulative(sequences.k_length)
+    k_length = sequences.k_length
+    q_length = sequences.q_length if pack_queries else np.full_like(k_length, plan.q_len)
+    cu_q, cu_k = _cumulative(q_length), _cumulative(k_length)
     # A sequence's first place among the padded tokens, less that among the packed ones.
     offset_q = sequences.row * plan.q_len + sequences.q_start - cu_q[:-1]
     offset_k = sequences.row * plan.kv_len + sequences.k_start - cu_k[:-1]
     total_q, total_k = int(cu_q[-1]), int(cu_k[-1])
-    parts = _uploaded([cu_q, cu_k, offset_q, offset_k, q_length, sequences.k_length], plan.device)
+    arrays = [cu_q, offset_q, q_length]
+    alike = pack_queries and plan.is_aligned and plan.q_len == plan.kv_len
+    if not alike:
+        arrays += [cu_k, offset_k, k_length]
+    parts = _uploaded(arrays, plan.device)
+    cu_seqlens_q, first_q, count_q = parts[:3]
+    cu_seqlens_k, first_k, count_k = parts[-3:]
     q_index = k_index = None
     if pack_queries and total_q != plan.batch * plan.q_len:
-        q_index = _token_index(plan, parts[2], parts[4], total_q, queries=True)
-    if total_k != plan.batch * plan.kv_len:
-        k_index = (
-            q_index
-            if q_index is not None and plan.is_aligned and plan.q_len == plan.kv_len
-            else _token_index(plan, parts[3], parts[5], total_k, queries=False)
-        )
+        q_index = _token_index(plan, first_q, count_q, total_q, queries=True)
+    if alike:
+        k_index = q_index
+    elif total_k != plan.batch * plan.kv_len:
+        k_index = _token_index(plan, first_k, count_k, total_k, queries=False)
     longest_q = int(q_length.max(initial=0))
     if longest_q == 1 and total_q != len(sequences):
         # FlashAttention-2 takes a longest query of 1 for exactly one query per sequence.
         longest_q = 2
     return VarlenLayout(
-        cu_seqlens_q=parts[0],
-        cu_seqlens_k=parts[1],
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=longest_q,
-        max_seqlen_k=int(sequences.k_length.max(initial=0)),
+        max_seqlen_k=int(k_length.max(initial=0)),
         total_q=total_q,
         total_k=total_k,
         q_index=q_index,
