@@ -220,10 +220,10 @@ MUTATIONS = (
         PLAN,
     ),
     Mutation(
-        "a full row passes for an empty one",
+        "rows with holes pass for rows padded on the right",
         "plan.py",
-        "end[(end == 0) & real[:, 0]] = width",
-        "end[end == 0] = width",
+        "if end.sum() == count:",
+        "if end.sum() <= count:",
         PLAN,
     ),
     Mutation(
@@ -617,6 +617,27 @@ MUTATIONS = (
         'metadata.get("__metadata__") if isinstance(metadata, dict) else None',
         'metadata.get("__metadata__")',
         FUZZ,
+    ),
+    Mutation(
+        "padding-free: kernels are told of rows without a token",
+        "packed_stack.py",
+        "if len(lengths) == plan.batch:",
+        "if True:",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: what a forward measured waits for the garbage collector",
+        "packed_stack.py",
+        "self._plan = weakref.ref(plan)",
+        "self._plan = lambda plan=plan: plan",
+        ("tests/test_concurrency.py", "-k", "gone_with_it"),
+    ),
+    Mutation(
+        "padding-free: a backend that builds a mask of all tokens passes for one that does not",
+        "stack_choice.py",
+        "not (backend.last_resort or backend.uses_dense_mask(packed, call))",
+        "not backend.last_resort",
+        PADDING_FREE,
     ),
     Mutation(
         "padding-free: positions shared by all rows are gathered by the place in the batch",

@@ -263,9 +263,12 @@ print("switched")
     assert switched == "switched"
 
 
+@pytest.mark.parametrize("without_padding", [False, True])
 @pytest.mark.parametrize("backends", [None, "sdpa_unpadded", "eager"])
 @pytest.mark.parametrize("padding", ["left", "holes"])
-def test_what_a_forward_measured_is_gone_with_it(padding: str, backends: str | None) -> None:
+def test_what_a_forward_measured_is_gone_with_it(
+    padding: str, backends: str | None, without_padding: bool
+) -> None:
     """At once, and not when the garbage collector comes: it holds masks on the device."""
     if (padding, backends) == ("holes", "sdpa_unpadded"):
         backends = "sdpa"
@@ -277,6 +280,8 @@ def test_what_a_forward_measured_is_gone_with_it(padding: str, backends: str | N
         made.append(weakref.ref(self))
 
     model = tiny_model("llama", "smart")
+    if without_padding:
+        smartattn.padding_free(model, always=True)
     inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS[padding]}
     gc.collect()
     gc.disable()
@@ -285,7 +290,7 @@ def test_what_a_forward_measured_is_gone_with_it(padding: str, backends: str | N
             patched.setattr(Plan, "__init__", remembered)
             with smartattn.use(backends=backends):
                 model(**inputs)
-        assert made
+        assert len(made) == 1 + without_padding
         assert not [plan for plan in made if plan() is not None]
     finally:
         gc.enable()

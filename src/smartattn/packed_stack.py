@@ -42,7 +42,10 @@ class Packing:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        # The plan knows how its stack runs, and this one with it: it must not wait for the garbage
+        # collector, which its tensors on the device would wait for too.
+        self._plan = weakref.ref(plan)
+        self._sequences = plan.sequences
         self.batch = plan.batch
         self.length = plan.q_len
         self.total = plan.real_q
@@ -100,16 +103,23 @@ class Packing:
         """(total,) places of the real tokens among the padded ones, or in their rows."""
         index = self._indices.get((device, within_row))
         if index is None:
-            place = self.plan.varlen(True).q_index
-            assert place is not None
-            place = place.to(device)
-            index = place % self.length if within_row else place
+            if within_row:
+                index = self._index(device) % self.length
+            elif self._indices:
+                # The first one is of places, and outlives the plan.
+                index = next(iter(self._indices.values())).to(device)
+            else:
+                plan = self._plan()
+                assert plan is not None
+                index = plan.varlen(True).q_index
+                assert index is not None
+                index = index.to(device)
             self._indices[device, within_row] = index
         return index
 
     def covers(self, plan: Plan) -> bool:
         """Whether another plan of this forward has its padding in the same places."""
-        mine, others = self.plan.sequences, plan.sequences
+        mine, others = self._sequences, plan.sequences
         if (plan.batch, plan.q_len, plan.real_q) != (self.batch, self.length, self.total):
             return False
         if mine is None or others is None or mine.contiguous is not others.contiguous:

@@ -345,11 +345,12 @@ class _Hooks:
         shared = frame.packing
         if shared is None:
             return _State(self, None, None)
-        if plan is not shared.plan:
+        if packed is None:
+            # Another mask type of the forward than the one that decided.
             if plan_refusal(plan) is not None or not shared.covers(plan):
                 return _State(self, shared, None)
-            packed = None
-        return _State(self, shared, packed or packed_plan(plan))
+            packed = packed_plan(plan)
+        return _State(self, shared, packed)
 
 
 class _State:
