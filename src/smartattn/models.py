@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 from .record import Trace
 from .workload import Workload, as_padded
@@ -234,7 +240,14 @@ def set_implementation(model: Any, name: str) -> str | None:
         # ImportError, ValueError, or what an incompatible build raises.
         return one_line(error)
     given = getattr(model.config, "_attn_implementation", name)
-    return None if given == name else f"Transformers gave the model {given} instead"
+    if given != name:
+        return f"Transformers gave the model {given} instead"
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        # The stacks of T5 have copies, which Transformers 5.17 leaves as they were.
+        if isinstance(config, PreTrainedConfig) and config.model_type == model.config.model_type:
+            config._attn_implementation = name
+    return None
 
 
 def forward(model: Any, batch: Batch, *, hidden_states: bool = False) -> Any:
