@@ -642,8 +642,8 @@ MUTATIONS = (
     Mutation(
         "padding-free: positions shared by all rows are gathered by the place in the batch",
         "packed_stack.py",
-        "place % self.length if within_row else place",
-        "place",
+        "index = self._index(device) % self.length",
+        "index = self._index(device)",
         PADDING_FREE,
     ),
     Mutation(
@@ -785,6 +785,27 @@ MUTATIONS = (
         "if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:",
         "if False:",
         FIT,
+    ),
+    Mutation(
+        "a mask that was not measured has no model",
+        "cost.py",
+        "layouts.append(_STAND_INS[regime.layout])",
+        "pass",
+        ("tests/test_profile.py",),
+    ),
+    Mutation(
+        "a quick run never trains the last head_dim",
+        "grid.py",
+        "max(1, round(turns * _SHARES[family.mode]))",
+        "round(turns * _SHARES[family.mode])",
+        ("tests/test_calibrate.py", "-k", "quick_run_knows"),
+    ),
+    Mutation(
+        "verify compares eager with itself in copies of a configuration",
+        "models.py",
+        "config._attn_implementation = name",
+        "pass",
+        VERIFY,
     ),
     Mutation(
         "stacks: only the very same padding speaks against packing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -241,6 +242,22 @@ def test_families_cover_what_models_do() -> None:
             }
             assert {64, 128} <= {family.head_dim for family in families}
             assert len(set(families)) == len(families)
+
+
+def test_a_quick_run_knows_every_family_after_its_first_turn() -> None:
+    # As many workloads as an H200 times in a quick run.
+    limits, families = grid.limits("cuda", "quick", 10**11), grid.families("cuda", "quick")
+    found = list(islice(grid.workloads(families, limits, 0, "quick"), 101))
+    assert {workload.head_dim for workload in found} == {64, 128, 256}
+    seen: Counter[tuple[Any, ...]] = Counter(
+        (w.mode, w.causal, w.side, w.head_dim) for w in found if w.causal or w.side == "none"
+    )
+    for family in families:
+        if family.causal or family.sides == ("none",):
+            place = (family.mode, family.causal, family.sides[0], family.head_dim)
+            assert seen[place] >= 1, place
+    most = {dim: seen["decode", False, "none", dim] for dim in (128, 64, 256)}
+    assert most == {128: 8, 64: 4, 256: 2}
 
 
 # -- timing --------------------------------------------------------------------------------------

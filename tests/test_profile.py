@@ -523,6 +523,22 @@ def test_half_precision_types_stand_for_each_other_on_gpus_only() -> None:
     assert found.predict("sdpa", plan, call_for(plan, dtype=torch.float16)) is None
 
 
+def test_padding_stands_for_masks_that_were_not_measured() -> None:
+    window = Plan(4, 64, 64, Pattern.CAUSAL, CPU, window=8)
+    call = call_for(window)
+    assert regime_of(window, call) == regime_of(padded_plan(), call)._replace(layout="masked")  # type: ignore[union-attr]
+    plain = cost("sdpa", {"call": 7.0}, layout="plain")
+    padded = cost("sdpa", {"call": 2.0})
+    masked = cost("sdpa", {"call": 5.0}, layout="masked")
+    assert predicting(plain).predict("sdpa", window, call) is None
+    assert predicting(plain, padded).predict("sdpa", window, call) == pytest.approx(2.0)
+    assert predicting(padded, masked).predict("sdpa", window, call) == pytest.approx(5.0)
+    assert predicting(masked).predict("sdpa", padded_plan(), call) is None
+    half = call_for(window, "cuda", dtype=torch.float16)
+    twin = cost("sdpa", {"call": 3.0}, dtype="bfloat16")
+    assert predicting(twin).predict("sdpa", window, half) == pytest.approx(3.0)
+
+
 def test_predictions_decide() -> None:
     plan = padded_plan()
     call = call_for(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Mapping
@@ -75,6 +76,21 @@ def test_verify_agrees_per_layer(name: str, folder: Any, capsys: Any) -> None:
     assert sum(by_name["smart"]["ran"].values()) >= 2
     assert by_name["sdpa"]["ran"] == {}
     assert by_name["smart"]["layers"][0]["real"]["scale"] > 0.0
+
+
+def test_switching_reaches_copies_of_the_configuration() -> None:
+    model = tiny_model("t5")
+    model.encoder.config = copy.deepcopy(model.encoder.config)
+    layer = model.encoder.block[0].layer[0].SelfAttention
+    layer.config = model.encoder.config
+    for name in ("eager", "smart"):
+        # As Transformers 5.17 does with them.
+        model.set_attn_implementation = lambda name: setattr(
+            model.config, "_attn_implementation_internal", name
+        )
+        assert models.set_implementation(model, name) is None
+        assert layer.config._attn_implementation == name
+        assert model.decoder.config._attn_implementation == name
 
 
 def test_verify_tells_real_from_padding(folder: Any) -> None:

@@ -253,7 +253,8 @@ class _Sweep:
         saved = time.monotonic()
         done = {sample.workload for sample in self.taken}
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
-        every = grid.workloads(grid.families(kind, request.mode), bounds, request.seed)
+        families = grid.families(kind, request.mode)
+        every = grid.workloads(families, bounds, request.seed, request.mode)
         warm_up(request.device, self.backends)
         if self.surroundings is None:
             self.surroundings = self._surroundings()

@@ -175,10 +175,8 @@ class Predictor:
         regime, amounts = seen.regime, seen.amounts
         if regime is None:
             return None
-        mode, layout, causal, dtype, wanted_dim = regime
-        models = self._models.get((backend, mode, layout, causal, dtype))
-        if models is None and dtype in _TWIN_DTYPES and call.device.type == "cuda":
-            models = self._models.get((backend, mode, layout, causal, _TWIN_DTYPES[dtype]))
+        mode, wanted_dim = regime.mode, regime.head_dim
+        models = self._models_of(backend, regime, call.device.type)
         if models is None:
             return None
         # The smallest measured head_dim that holds this one: kernels pad to the next size.
@@ -210,7 +208,25 @@ class Predictor:
             bottleneck=bottleneck,
         )
 
+    def _models_of(self, backend: str, regime: Regime, kind: str) -> list[_Model] | None:
+        """The models of a regime on a kind of device, or of one that stands for it."""
+        dtypes = [regime.dtype]
+        if kind == "cuda" and regime.dtype in _TWIN_DTYPES:
+            dtypes.append(_TWIN_DTYPES[regime.dtype])
+        layouts = [regime.layout]
+        if regime.layout in _STAND_INS:
+            layouts.append(_STAND_INS[regime.layout])
+        for layout in layouts:
+            for dtype in dtypes:
+                models = self._models.get((backend, regime.mode, layout, regime.causal, dtype))
+                if models is not None:
+                    return models
+        return None
 
+
+#: Whoever needs a mask where there is no padding needs one where there is, and the work says how
+#: much of it is attended.
+_STAND_INS: dict[Layout, Layout] = {"masked": "padded"}
 #: GPUs run both at the same speed.
 _TWIN_DTYPES = {"float16": "bfloat16", "bfloat16": "float16"}
 

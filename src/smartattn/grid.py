@@ -14,7 +14,7 @@ from .features import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "5"
+VERSION = "6"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.
@@ -22,8 +22,8 @@ _CANDIDATES = 64
 #: Fewest samples that a model is made from.
 FEWEST = 4
 #: Workloads of each family that are timed in a turn, by the place of its dtype and head_dim: what
-#: the first one teaches holds for the others too, up to a factor.
-_TURNS = (6, 4, 2)
+#: the first one teaches holds for the others too, up to a factor. A quick run may have one turn.
+_TURNS: dict[RunMode, tuple[int, ...]] = {"quick": (4, 2, 1), "default": (6, 4, 2)}
 #: How many times as many of a mode: one query is quickly timed, and how a kernel splits its keys is
 #: hard to foresee; of training the opposite holds.
 _SHARES: dict[Mode, float] = {"forward": 1.0, "train": 0.5, "decode": 2.0}
@@ -102,7 +102,8 @@ def families(kind: str, mode: RunMode) -> list[Family]:
         ("train", True, ("packed",)),
         ("forward", False, ("packed",)),
     ]
-    dims = (128, 64) if mode == "quick" else (128, 64, 96, 80, 256)
+    # Those in between cost kernels what the next larger one does; more than the largest would not.
+    dims = (128, 64, 256) if mode == "quick" else (128, 64, 96, 80, 256)
     found = [Family(*shape, "bfloat16", dim) for dim in dims for shape in shapes]
     if mode == "default":
         found += [
@@ -112,7 +113,9 @@ def families(kind: str, mode: RunMode) -> list[Family]:
     return found
 
 
-def workloads(families: list[Family], limits: Limits, seed: int) -> Iterator[Workload]:
+def workloads(
+    families: list[Family], limits: Limits, seed: int, mode: RunMode = "default"
+) -> Iterator[Workload]:
     """Workloads in turns over the families; within a family, each unlike the ones before it.
 
     Families of one dtype and head_dim come together and take turns, the most common ones with the
@@ -124,8 +127,8 @@ def workloads(families: list[Family], limits: Limits, seed: int) -> Iterator[Wor
         blocks.setdefault((family.dtype, family.head_dim), []).append(family)
     for cycle in range(_CANDIDATES):
         for place, block in enumerate(blocks.values()):
-            turns = _TURNS[min(place, len(_TURNS) - 1)]
-            own = {family: round(turns * _SHARES[family.mode]) for family in block}
+            turns = _TURNS[mode][min(place, len(_TURNS[mode]) - 1)]
+            own = {family: max(1, round(turns * _SHARES[family.mode])) for family in block}
             for turn in range(max(own.values())):
                 for family in block:
                     if turn >= own[family]:

@@ -33,7 +33,7 @@ _LONG = 0.05
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
 #: Workloads of a kind whose preparation is timed whatever their seed.
-_PREPARED = 12
+_PREPARED = 4
 #: Workloads of a kind on which a backend that builds kernels is timed whatever their seed.
 _BUILT = 8
 #: Seconds of a first run above which kernels are built for the shape.
