@@ -362,6 +362,17 @@ def test_first_runs_that_would_take_too_long_are_left_out() -> None:
     assert {s.backend: s.status for s in found} == {"sdpa": "ok", "sdpa_unpadded": "slow"}
 
 
+def test_preparation_is_timed_on_enough_workloads_of_each_backend() -> None:
+    """Also of one that some of a kind refuse: from fewer, none would be its cost."""
+    patience = Patience(0.5, thrifty=True)
+    timed: Counter[str] = Counter()
+    for seed in range(1, 30, 3):
+        workload = replace(SMALL, seed=seed)
+        for backend in ("sdpa", "rare") if seed > 10 else ("sdpa",):
+            timed[backend] += patience.times_preparation(backend, workload)
+    assert timed == {"sdpa": grid.FEWEST, "rare": grid.FEWEST}
+
+
 class _Builds(type(SDPA)):  # type: ignore[misc]
     name = "builds"
 

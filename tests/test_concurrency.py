@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, EncoderDecoderConfig
+from transformers.masking_utils import create_causal_mask
 
 import smartattn
 from smartattn.plan import Plan
@@ -263,11 +264,12 @@ print("switched")
     assert switched == "switched"
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("without_padding", [False, True])
 @pytest.mark.parametrize("backends", [None, "sdpa_unpadded", "eager"])
 @pytest.mark.parametrize("padding", ["left", "holes"])
 def test_what_a_forward_measured_is_gone_with_it(
-    padding: str, backends: str | None, without_padding: bool
+    padding: str, backends: str | None, without_padding: bool, devices: int
 ) -> None:
     """At once, and not when the garbage collector comes: it holds masks on the device."""
     if (padding, backends) == ("holes", "sdpa_unpadded"):
@@ -282,6 +284,16 @@ def test_what_a_forward_measured_is_gone_with_it(
     model = tiny_model("llama", "smart")
     if without_padding:
         smartattn.padding_free(model, always=True)
+    moved = []
+
+    def move(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """What accelerate does for a layer on another device."""
+        mask = kwargs["attention_mask"].to("meta")
+        mask.plan.dense_mask()
+        moved.append(weakref.ref(mask.plan))
+
+    if devices == 2:
+        model.model.layers[1].register_forward_pre_hook(move, with_kwargs=True)
     inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS[padding]}
     gc.collect()
     gc.disable()
@@ -291,6 +303,26 @@ def test_what_a_forward_measured_is_gone_with_it(
             with smartattn.use(backends=backends):
                 model(**inputs)
         assert len(made) == 1 + without_padding
-        assert not [plan for plan in made if plan() is not None]
+        assert len(moved) == devices - 1
+        assert not [plan for plan in made + moved if plan() is not None]
     finally:
         gc.enable()
+
+
+def test_a_callers_mask_does_not_keep_the_model() -> None:
+    model = tiny_model("llama", "smart")
+    smartattn.padding_free(model, always=True)
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=model.get_input_embeddings()(token_ids(3, WIDTH)).detach(),
+        attention_mask=MASKS["left"],
+        past_key_values=None,
+        position_ids=None,
+    )
+    with torch.no_grad():
+        model(input_ids=token_ids(3, WIDTH), attention_mask=mask)
+    smartattn.padded(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+import smartattn
 from smartattn.integration import smart_attention, smart_mask
 from smartattn.mask import PlanMask
 from smartattn.plan import Pattern, Plan
 
 from .agreement import CONTIGUOUS_MASKS, MASKS, WIDTH, assert_agree, assert_differ
-from .tiny_models import tiny_model
+from .tiny_models import tiny_model, token_ids
 
 BATCH = 3
 
@@ -312,6 +313,56 @@ def test_the_plan_survives_being_read(operation: str) -> None:
     plan = mask.plan
     OPERATIONS[operation](mask)
     assert mask.plan is plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 0, 1, 1], [0, 0, 1, 1]],
+        [[1, 0, 1, 1], [1, 0, 0, 1]],
+        [[0, 0, 0, 1]] * 4,
+        [[1, 1, 0, 0], [0, 0, 0, 0]],
+    ],
+    ids=["left", "holes", "one token", "empty row"],
+)
+def test_callers_may_hand_over_any_dtype(rows: list[list[int]], dtype: torch.dtype) -> None:
+    """Transformers' own functions cast the 2D mask, those of other code need not."""
+    real = torch.tensor(rows)
+    given = arguments(batch_size=len(rows), q_length=4, kv_length=4)
+    mask = smart_mask(**{**given, "attention_mask": real.to(dtype)})
+    assert isinstance(mask, PlanMask)
+    assert mask.plan is not None
+    assert mask.plan.sequences is not None
+    assert mask.plan.sequences.k_length.tolist() == real.sum(dim=1).tolist()
+    expected = masking_utils.eager_mask(**{**given, "attention_mask": real.bool()})
+    assert torch.equal(mask.dense(), expected)
+
+
+def test_a_mask_of_the_caller_may_be_filled_anew() -> None:
+    buffer = MASKS["left"].bool().clone()
+    mask = smart_mask(**arguments(attention_mask=buffer))
+    expected = masking_utils.eager_mask(**arguments("left"))
+    buffer.fill_(True)
+    assert isinstance(mask, PlanMask)
+    assert torch.equal(mask.dense(), expected)
+
+
+@pytest.mark.parametrize("backends", [None, "sdpa", "sdpa_unpadded", "eager"])
+@pytest.mark.parametrize("padding", ["left", "holes"])
+def test_one_mask_for_inference_and_then_for_training(padding: str, backends: str | None) -> None:
+    if (padding, backends) == ("holes", "sdpa_unpadded"):
+        backends = "sdpa"
+    model = tiny_model("llama", "smart")
+    mask = smart_mask(**arguments(padding, config=model.config))
+    inputs = {"input_ids": token_ids(BATCH, WIDTH), "use_cache": False}
+    with smartattn.use(backends=backends):
+        with torch.inference_mode():
+            seen = model(**inputs, attention_mask=mask).logits
+        logits = model(**inputs, attention_mask=mask).logits
+        assert_agree(logits.detach(), seen.clone(), where=MASKS[padding])
+        logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("container", [list, tuple, lambda masks: {"full": masks[0]}])

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,7 +25,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 import smartattn
 from smartattn import layouts, padded, padding_free, stacks
 from smartattn.control import SETTINGS
-from smartattn.packed_stack import packed_plan
+from smartattn.packed_stack import Packing, packed_plan
 from smartattn.padding_free import _FRAME
 from smartattn.plan import Pattern, Plan
 from smartattn.profile import load, shipped_profiles, stack_rules
@@ -292,6 +293,20 @@ def test_sequences_of_the_packed_tokens_are_told_to_the_device_once(
     # Kernels need not know of rows without a token.
     assert len(uploads) == (2 if padding == "empty_row" else 1)
     assert packed.on(torch.device("meta")).varlen(True).cu_seqlens_q.is_meta
+
+
+def test_other_masks_of_a_forward_need_the_same_padding() -> None:
+    def plan(*rows: list[int]) -> Plan:
+        real = np.array(rows, dtype=bool)
+        return Plan(*real.shape, real.shape[1], Pattern.CAUSAL, torch.device("cpu"), real=real)
+
+    left = plan([0, 1, 1, 1], [1, 1, 1, 1])
+    assert Packing(left).covers(plan([0, 1, 1, 1], [1, 1, 1, 1]))
+    assert not Packing(left).covers(plan([1, 1, 1, 0], [1, 1, 1, 1]))
+    assert not Packing(left).covers(plan([1, 1, 1, 1], [0, 1, 1, 1]))
+    # As many real tokens between the same two, but not the same ones.
+    holes = plan([1, 0, 1, 1], [1, 1, 1, 1])
+    assert not Packing(holes).covers(plan([1, 1, 0, 1], [1, 1, 1, 1]))
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def smart_mask(
     if attention_mask is not None:
         padded = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         assert padded is not None
-        real_on_device = padded[:, kv_offset : kv_offset + kv_length]
+        # Transformers' own functions hand over booleans, other callers what they have.
+        real_on_device = padded[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     real, offset = _read(real_on_device, q_offset)
     if known.packed_ids is not None:
         packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)

@@ -32,7 +32,7 @@ _LONG = 0.05
 #: are dared until then.
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
-#: Workloads of a kind whose preparation is timed whatever their seed.
+#: Workloads of a kind on which a backend's preparation is timed whatever their seed.
 _PREPARED = 4
 #: Workloads of a kind on which a backend that builds kernels is timed whatever their seed.
 _BUILT = 8
@@ -75,9 +75,9 @@ class Patience:
         known = self._timed[(backend, workload.mode, workload.side)] >= _BUILT
         return self.thrifty and builds and known and workload.seed % 2 == 1
 
-    def times_preparation(self, workload: Workload) -> bool:
+    def times_preparation(self, backend: str, workload: Workload) -> bool:
         """Whether what is made once per forward is timed on a workload; asked once of each."""
-        kind = (workload.mode, workload.side, workload.dtype)
+        kind = (backend, workload.mode, workload.side, workload.dtype)
         if self.thrifty and self._prepared[kind] >= _PREPARED and workload.seed % 3:
             return False
         self._prepared[kind] += 1
@@ -138,7 +138,6 @@ def measure(
     spared = {b.name for b in able if patience is not None and patience.spares(b.name, workload)}
     if len(able) - len(spared) < 2:
         spared = set()
-    prepared = patience is None or patience.times_preparation(workload)
     for backend in able:
         sample = Sample(index, workload, backend.name, "ok")
         if backend.name in spared:
@@ -165,7 +164,7 @@ def measure(
     for name in functions:
         timing = timings.get(name)
         prepare_us = 0.0
-        if timing is not None and prepared:
+        if timing is not None and (patience is None or patience.times_preparation(name, workload)):
             prepare_us = _prepare_us(named[name], workload, device, tensors)
         found[name] = (
             replace(found[name], status="memory")

@@ -244,9 +244,11 @@ def set_implementation(model: Any, name: str) -> str | None:
         return f"Transformers gave the model {given} instead"
     for module in model.modules():
         config = getattr(module, "config", None)
+        if config is model.config or not isinstance(config, PreTrainedConfig):
+            continue
         # The stacks of T5 have copies, which Transformers 5.17 leaves as they were.
-        if isinstance(config, PreTrainedConfig) and config.model_type == model.config.model_type:
-            config._attn_implementation = name
+        if config.model_type == model.config.model_type:
+            config._attn_implementation_internal = name
     return None
 
 

@@ -122,7 +122,10 @@ class Packing:
         mine, others = self._sequences, plan.sequences
         if (plan.batch, plan.q_len, plan.real_q) != (self.batch, self.length, self.total):
             return False
-        if mine is None or others is None or mine.contiguous is not others.contiguous:
+        if mine is None or others is None:
+            return False
+        # Where the real tokens between the first and the last one lie, sequences do not say.
+        if not (mine.contiguous and others.contiguous):
             return False
         return bool(
             np.array_equal(mine.q_start, others.q_start)

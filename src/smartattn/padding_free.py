@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from operator import is_
@@ -289,7 +290,7 @@ class _Hooks:
             return self._unplanned(module, args, kwargs)
         state: _State | None = plan.stack
         names = self._names[type(module)]
-        if state is not None and state.hooks is not self:
+        if state is not None and state.hooks() is not self:
             state = None
         # A caller's mask may serve several forwards, and each decides for itself.
         if frame is not None and not (state and frame.decided and state.packing is frame.packing):
@@ -364,7 +365,8 @@ class _State:
     __slots__ = ("hooks", "packing", "plan")
 
     def __init__(self, hooks: _Hooks, packing: Packing | None, plan: Plan | None) -> None:
-        self.hooks = hooks
+        # A caller's mask, which this hangs on, must not keep the model.
+        self.hooks = weakref.ref(hooks)
         self.packing = packing
         self.plan = plan
 

@@ -65,7 +65,8 @@ class Plan:
         window: causal: a query sees its own and the ``window - 1`` keys before it; bidirectional:
             the keys at a distance of at most ``window``. None for no window.
         real: (batch, kv_len) True where a key is a real token, on the host; None if all are.
-        real_on_device: the same on ``device``, which saves the upload where a mask is built.
+        real_on_device: the same on ``device``, which saves the upload where a mask is built; it is
+            copied, since it may be the caller's own, who may fill it anew.
         packed: for batches that hold several sequences in a row, where these lie, or (batch, q_len)
             True where a new one starts, on the host.
         given: for the pattern ``OTHER``, the mask itself: boolean (True where a query sees a key)
@@ -96,7 +97,7 @@ class Plan:
         self.window = window
         self.is_packed = packed is not None
         self._given = given
-        self._real_on_device = real_on_device
+        self._real_on_device: torch.Tensor | None = None
         #: Keys that some query may see: a static cache is longer than what it holds.
         self.visible = min(kv_len, q_len + shift) if pattern is Pattern.CAUSAL else kv_len
         self._real_host: BoolArray | None = None
@@ -120,9 +121,13 @@ class Plan:
                 self.real_k = int(self._sequences.k_length.sum())
                 if real_on_device is None:
                     self._real_host = real
+                else:
+                    self._real_on_device = real_on_device.clone()
         self._derived: dict[Any, Any] = {}
-        #: This plan on other devices.
+        #: This plan on other devices, and the one whose twin this is. Neither waits for the garbage
+        #: collector, which knows nothing of a device's memory.
         self._twins: dict[torch.device, Plan] = {}
+        self._origin: weakref.ref[Plan] | None = None
         #: Choices already made for the layers of this forward, see ``integration``.
         self.decisions: dict[Any, Any] = {}
         #: What the caller had set when the forward began, see ``control``.
@@ -275,7 +280,12 @@ class Plan:
     def _derive(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What ``make`` returns, made once."""
         if key not in self._derived:
-            self._derived[key] = make()
+            # A mask that is made once may serve inference first and training later.
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    self._derived[key] = make()
+            else:
+                self._derived[key] = make()
         value: T = self._derived[key]
         return value
 
@@ -283,6 +293,9 @@ class Plan:
         """This plan with its tensors on ``device``; made once per device."""
         if device == self.device:
             return self
+        origin = self._origin() if self._origin is not None else None
+        if origin is not None:
+            return origin.on(device)
         twin = self._twins.get(device)
         if twin is None:
             twin = object.__new__(Plan)
@@ -293,7 +306,8 @@ class Plan:
             twin.packings = {}
             twin._given = _moved(self._given, device)
             twin._real_on_device = _moved(self._real_on_device, device)
-            self._twins[self.device] = self
+            twin._twins = {}
+            twin._origin = weakref.ref(self)
             self._twins[device] = twin
         return twin
 
