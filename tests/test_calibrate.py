@@ -24,7 +24,7 @@ from smartattn.call import Call, Runner
 from smartattn.choose import choose
 from smartattn.features import features, regime_of
 from smartattn.machine import identify
-from smartattn.measure import Patience, candidates, measure
+from smartattn.measure import Patience, candidates, measure, takes_sequences
 from smartattn.parallel import at_once, calibrate_all
 from smartattn.plan import Plan
 from smartattn.reference import error_of, expected
@@ -49,7 +49,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def one_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less to measure: one regime, small calls."""
-    monkeypatch.setattr(grid, "families", lambda kind, mode: [ONE_FAMILY])
+    monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: [ONE_FAMILY])
     limits = grid.Limits(1024, 8192, 3e8, 2e8, max_batch=32)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
 
@@ -216,6 +216,40 @@ def test_workloads_stay_within_their_limits(kind: str, mode: Any) -> None:
         assert workload.heads % workload.kv_heads == 0
     assert found == list(islice(grid.workloads(families[::6], limits, 0), 40))
     assert found != list(islice(grid.workloads(families[::6], limits, 1), 40))
+
+
+@pytest.mark.parametrize("varlen", [True, False])
+def test_gpus_are_asked_about_rows_of_several_lengths_where_a_kernel_takes_them(
+    varlen: bool,
+) -> None:
+    """Elsewhere only SDPA would be left, and nothing to compare."""
+    limits = grid.limits("cuda", "default", 10**11)
+    found = {"float32": set[str](), "bfloat16": set[str]()}
+    for family in grid.families("cuda", "default", varlen):
+        for workload in islice(grid.workloads([family], limits, 0), 8):
+            if workload.side in ("left", "right"):
+                found[workload.dtype].add(workload.spread)
+    assert found["float32"] == {"same"}
+    assert found["bfloat16"] == ({"same", "skewed", "uniform"} if varlen else {"same"})
+
+
+def test_whether_a_kernel_takes_rows_of_several_lengths() -> None:
+    class Varlen(type(SDPA)):  # type: ignore[misc]
+        name = "torch_varlen"
+
+    assert takes_sequences(CPU, (SDPA, Varlen()))
+    assert not takes_sequences(CPU, (SDPA, UNPADDED))
+
+
+def test_first_runs_are_fitted_anew_as_they_become_more() -> None:
+    patience = Patience(0.5)
+    large = replace(SMALL, batch=64, q_len=512, kv_len=512)
+    for number, seconds in enumerate([0.3] * 8 + [0.7] * 40):
+        first = samples.Sample(0, replace(SMALL, seed=number), "sdpa", "ok", first_us=seconds * 1e6)
+        patience.learn(first)
+        if number == 7:
+            assert patience.lasts("sdpa", large)
+    assert not patience.lasts("sdpa", large)
 
 
 def test_the_first_workloads_differ_more_than_chance_would() -> None:

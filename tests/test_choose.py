@@ -205,6 +205,40 @@ def test_a_packed_batch_never_goes_through_a_dense_mask_if_another_way_is_open()
     assert choose(_plan(True), _call(), profile, [dense, last]).backend is dense
 
 
+def test_on_a_gpu_rows_do_not_run_one_after_the_other_if_another_way_is_open() -> None:
+    """However fast that is predicted to be: what it costs there does not follow from the work."""
+    able = [b for b in BACKENDS if b.name in ("sdpa", "sdpa_unpadded")]
+    profile = FakeProfile({"sdpa": 1000.0, "sdpa_unpadded": 1.0}, prefer=("sdpa_unpadded",))
+
+    def chosen(lengths: list[int], device: str, **facts: Any) -> str:
+        plan = _padded(lengths, 12, facts.pop("packed", False), device=torch.device(device))
+        sizes = {"batch": plan.batch, "q_len": plan.q_len, "kv_len": plan.kv_len}
+        call = _call(device=torch.device(device), **sizes)
+        return choose(plan, call, profile, able, **facts).backend.name  # type: ignore[arg-type]
+
+    assert chosen([5, 5, 5], "cuda") == "sdpa_unpadded"
+    assert chosen([5, 6, 5], "cuda") == "sdpa"
+    assert chosen([5, 6, 5], "cpu") == "sdpa_unpadded"
+    assert chosen([5, 6, 5], "cuda", allowed=["sdpa_unpadded"]) == "sdpa_unpadded"
+    # The other way would be a mask of all tokens by all tokens.
+    assert chosen([5, 6, 5], "cuda", packed=True) == "sdpa_unpadded"
+
+
+def test_rows_that_lie_alike_are_a_choice_of_their_own() -> None:
+    """Those that do not have as many tokens, and yet another backend is the one for them."""
+    able = [b for b in BACKENDS if b.name in ("sdpa", "sdpa_unpadded")]
+    chooser, cuda = Chooser(able), torch.device("cuda")
+    profile = FakeProfile({"sdpa": 1000.0, "sdpa_unpadded": 1.0})
+    call = _call(device=cuda, batch=3, q_len=1000, kv_len=1000)
+    for lengths, expected in (
+        ([500, 500, 500], "sdpa_unpadded"),
+        ([500, 501, 499], "sdpa"),
+        ([500, 500, 500], "sdpa_unpadded"),
+    ):
+        plan = _padded(lengths, 1000, device=cuda)
+        assert chooser(plan, call, profile).backend.name == expected  # type: ignore[arg-type]
+
+
 def test_the_last_resort_comes_last_and_only_if_allowed() -> None:
     last, other = Fake("last", (), False, True), Fake("other", (), False, False)
     profile = FakeProfile({"last": 0.1, "other": 1.0})
@@ -338,13 +372,15 @@ def test_the_real_backends_on_a_cpu() -> None:
 # -- choices that are remembered -------------------------------------------------------------------
 
 
-def _padded(lengths: list[int], width: int, packed: bool = False, **facts: Any) -> Plan:
+def _padded(
+    lengths: list[int], width: int, packed: bool = False, device: torch.device = CPU, **facts: Any
+) -> Plan:
     if packed:
         starts = np.zeros((1, sum(lengths)), dtype=bool)
         starts[0, np.cumsum([0, *lengths[:-1]])] = True
-        return Plan(1, sum(lengths), sum(lengths), Pattern.CAUSAL, CPU, packed=starts, **facts)
+        return Plan(1, sum(lengths), sum(lengths), Pattern.CAUSAL, device, packed=starts, **facts)
     real = np.arange(width)[::-1][None] < np.array(lengths)[:, None]
-    return Plan(len(lengths), width, width, Pattern.CAUSAL, CPU, real=real, **facts)
+    return Plan(len(lengths), width, width, Pattern.CAUSAL, device, real=real, **facts)
 
 
 @thorough

@@ -34,7 +34,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     family = grid.Family("forward", False, ("left",), "float32", 64)
-    monkeypatch.setattr(grid, "families", lambda kind, mode: [family])
+    monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: [family])
     limits = grid.Limits(512, 4096, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
 

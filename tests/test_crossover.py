@@ -14,6 +14,7 @@ from rich.console import Console
 
 from smartattn import crossover, profile
 from smartattn.cost import Cost
+from smartattn.machine import Device
 from smartattn.profile import Profile
 from smartattn.workload import Workload
 
@@ -64,6 +65,15 @@ def test_the_map_is_what_the_profile_predicts() -> None:
             assert cell is not None
             assert times[cell.backend] == min(times.values())
             assert cell.speedup == pytest.approx(max(times.values()) / min(times.values()))
+
+
+def test_what_is_set_aside_wins_nothing() -> None:
+    costs = (cost("sdpa", {"dense_pairs": 1.0}), cost("sdpa_unpadded", {"real_pairs": 0.1}))
+    gpu = Device(kind="cuda", name="NVIDIA H200")
+    (here,) = crossover.maps(Profile(name="here", costs=costs))
+    (there,) = crossover.maps(Profile(name="there", costs=costs, device=gpu))
+    assert set(here.wins) == {"sdpa_unpadded"}
+    assert set(there.wins) == {"sdpa"}
 
 
 def test_the_map_prints_a_letter_per_winner() -> None:

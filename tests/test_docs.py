@@ -76,7 +76,7 @@ def with_python() -> list[str]:
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Runs a command line of ``smartattn`` in a folder of its own; calibrations are short."""
     family = grid.Family("forward", True, ("left",), "float32", 64)
-    monkeypatch.setattr(grid, "families", lambda kind, mode: [family])
+    monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: [family])
     limits = grid.Limits(512, 4096, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
     monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")

@@ -119,6 +119,17 @@ def test_packed_sequences_set_the_dense_mask_aside() -> None:
     assert "4,096 x 4,096" in sdpa.reasons[0]
 
 
+def test_rows_one_after_the_other_are_set_aside_on_a_gpu() -> None:
+    answer = explain(
+        batch=8, seq_len=2048, padding=0.4, causal=True, device="NVIDIA H200", dtype="float32",
+        **SIZES,
+    )  # fmt: skip
+    assert answer.backend == "sdpa"
+    (other,) = [o for o in answer.options if o.backend == "sdpa_unpadded"]
+    assert other.status == "set aside"
+    assert other.reasons == ("rows of several lengths would run one after the other",)
+
+
 @pytest.mark.parametrize("name", ["NVIDIA H200", "nvidia-h200", "nvidia h200"])
 def test_a_gpu_that_is_not_here(name: str) -> None:
     answer = explain(batch=8, seq_len=2048, padding=0.4, causal=True, device=name, **SIZES)

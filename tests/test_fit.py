@@ -406,6 +406,19 @@ def test_thresholds_are_what_the_models_say() -> None:
     assert crossings
 
 
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_thresholds_of_what_is_set_aside_are_of_rows_that_lie_alike(device: torch.device) -> None:
+    names = {"sdpa": "sdpa", "torch_varlen": "sdpa_unpadded"}
+    costs = [
+        cost.model_copy(update={"backend": names[cost.backend]})
+        for cost in fit_costs(samples_of(drawn(40)), CUDA)
+        if cost.backend in names
+    ]
+    found = thresholds(costs, device)
+    assert {winner.backend for one in found for winner in one.winners} == {"sdpa", "sdpa_unpadded"}
+    assert {threshold.alike for threshold in found} == {device == CUDA}
+
+
 @pytest.mark.parametrize(
     ("mode", "side"),
     [(mode, side) for mode in ("forward", "train") for side in ("none", "right", "packed")]
@@ -414,6 +427,10 @@ def test_thresholds_are_what_the_models_say() -> None:
 def test_every_layout_has_thresholds(mode: str, side: str) -> None:
     family = grid.Family(mode, mode != "decode", (side,), "bfloat16", 64)  # type: ignore[arg-type]
     costs = fit_costs(samples_of(drawn(20, family=family)), CUDA)
+    if side == "packed":
+        assert not thresholds(costs, CUDA), "sdpa would need a mask of all tokens by all tokens"
+        flash = {"sdpa": "flash_attention_2"}
+        costs = [c.model_copy(update={"backend": flash.get(c.backend, c.backend)}) for c in costs]
     assert thresholds(costs, CUDA)
 
 

@@ -53,7 +53,7 @@ import sys, torch
 torch.set_num_threads(1)
 from smartattn import calibrate, cli, grid
 family = grid.Family("forward", False, ("left",), "float32", 64)
-grid.families = lambda kind, mode: [family]
+grid.families = lambda kind, mode, varlen: [family]
 limits = grid.Limits(512, 4096, 1e8, 1e8, max_batch=16)
 grid.limits = lambda kind, mode, memory: limits
 calibrate._SAVE_EVERY = 0.2

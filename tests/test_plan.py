@@ -293,6 +293,15 @@ def test_kind_of_padding(batch: Batch) -> None:
 
 @thorough
 @given(batches())
+def test_rows_that_lie_alike(batch: Batch) -> None:
+    keys, queries = batch.real[:, : batch.visible], batch.real_queries
+    alike = bool((keys == keys[0]).all() and (queries == queries[0]).all())
+    expected = alike and batch.is_contiguous and batch.packed is None
+    assert batch.plan.is_uniform == expected
+
+
+@thorough
+@given(batches())
 def test_sequences_own_the_real_tokens(batch: Batch) -> None:
     plan = batch.plan
     sequences = plan.sequences

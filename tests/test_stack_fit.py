@@ -407,7 +407,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         for causal in (False, True)
         for head_dim in (32, 64, 80, 128)
     ]
-    monkeypatch.setattr(grid, "families", lambda kind, mode: families)
+    monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: families)
     limits = grid.Limits(256, 2048, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
     profile.set_profile(None)

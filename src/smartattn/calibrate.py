@@ -20,7 +20,7 @@ from .fit import fit_profile
 from .grid import RunMode
 from .health import Watch
 from .machine import Device, identify, one_line, processors, versions
-from .measure import Patience, free_memory, measure, release, warm_up
+from .measure import Patience, free_memory, measure, release, takes_sequences, warm_up
 from .profile import Profile, ProfileError
 from .samples import Header, Sample, SamplesError, StackSample
 from .stack_fit import FEWEST, fit_stack_rules
@@ -253,7 +253,8 @@ class _Sweep:
         saved = time.monotonic()
         done = {sample.workload for sample in self.taken}
         bounds = grid.limits(kind, request.mode, free_memory(request.device))
-        families = grid.families(kind, request.mode)
+        varlen = takes_sequences(request.device, self.backends)
+        families = grid.families(kind, request.mode, varlen)
         every = grid.workloads(families, bounds, request.seed, request.mode)
         warm_up(request.device, self.backends)
         if self.surroundings is None:

@@ -112,10 +112,7 @@ def choose(
     if allowed is not None:
         able = [b for b in able if b.name in allowed]
     regular = [b for b in able if not b.last_resort]
-    # A mask of (tokens, tokens) over packed sequences may not fit in memory at all.
-    if plan.is_packed and (lean := [b for b in regular if not b.uses_dense_mask(plan, call)]):
-        regular = lean
-    candidates = regular or able
+    candidates = [b for b in regular if b.set_aside(plan, call) is None] or regular or able
     if not candidates:
         raise UnsupportedCallError(_complaint(verdicts, allowed))
 
@@ -237,6 +234,7 @@ def _kind(plan: Plan, call: Call) -> Hashable:
         plan.pattern,
         plan.padding,
         plan.is_packed,
+        plan.is_uniform,
         plan.window if plan.window_matters else None,
         plan.is_aligned,
         call.device,

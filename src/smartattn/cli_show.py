@@ -151,7 +151,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         table.add_row(
             call if group != last else "",
             str(threshold.head_dim) if group != last else "",
-            f"{threshold.padding_share:.0%}",
+            f"{threshold.padding_share:.0%}" + " of all rows" * threshold.alike,
             ", ".join(winners),
         )
         last = group

@@ -16,6 +16,7 @@ from rich.text import Text
 from .cost import Predictor
 from .features import Mode
 from .profile import Profile
+from .thresholds import predictions
 from .workload import Side, Workload
 
 #: Padded lengths and shares of padding of a map.
@@ -114,9 +115,8 @@ def _cell(
     workload: Workload, predictor: Predictor, backends: Sequence[str], device: torch.device
 ) -> Cell | None:
     plan, call = workload.plan(device), workload.call(device)
-    predicted = [(predictor.predict(name, plan, call), name) for name in backends]
-    times = sorted((us, name) for us, name in predicted if us)
-    if not times:
+    times = predictions(predictor, backends, plan, call)
+    if not times or times[0][0] <= 0:
         return None
     return Cell(times[0][1], times[1][0] / times[0][0] if len(times) > 1 else None)
 

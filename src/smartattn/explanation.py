@@ -314,11 +314,8 @@ def _options(
             status = "refuses"
         elif allowed is not None and backend.name not in allowed:
             status, reasons = "set aside", ("not among the backends that are allowed",)
-        elif backend.last_resort:
-            status, reasons = "set aside", ("only where all others refuse",)
-        elif plan.is_packed and backend.uses_dense_mask(plan, call):
-            size = f"{call.q_len:,} x {call.kv_len:,}"
-            status, reasons = "set aside", (f"would need a mask of {size} for packed sequences",)
+        elif reason := backend.set_aside(plan, call):
+            status, reasons = "set aside", (reason,)
         else:
             status = "unmeasured" if estimate is None else "slower"
         options.append(

@@ -14,7 +14,7 @@ from .features import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "6"
+VERSION = "7"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.
@@ -39,6 +39,8 @@ class Family:
     dtype: str
     head_dim: int
     window: bool = False
+    #: All rows have as much padding.
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,14 @@ def limits(kind: str, mode: RunMode, memory_bytes: int) -> Limits:
     )
 
 
-def families(kind: str, mode: RunMode) -> list[Family]:
+def families(kind: str, mode: RunMode, varlen: bool = True) -> list[Family]:
     """The families for a device kind, the most common uses first.
 
-    Those are left out where only one backend could run: on a CPU, all without padding.
+    Those are left out where only one backend could run: on a CPU, all without padding. So it is
+    with rows of several lengths on a GPU, where no kernel for sequences takes them.
+
+    Args:
+        varlen: a GPU has such a kernel for half precision.
     """
     either: tuple[Side, ...] = ("left", "right")
     shapes: list[tuple[Mode, bool, tuple[Side, ...]]] = [
@@ -110,7 +116,7 @@ def families(kind: str, mode: RunMode) -> list[Family]:
             Family("forward", True, ("none",), "bfloat16", dim, window=True) for dim in (128, 64)
         ]
         found += [Family(*shape, "float32", dim) for dim in (64, 128) for shape in shapes[:7]]
-    return found
+    return [replace(family, alike=family.dtype == "float32" or not varlen) for family in found]
 
 
 def workloads(
@@ -187,7 +193,11 @@ def _drawn(family: Family, limits: Limits, rng: np.random.Generator) -> Workload
         sequences=sequences,
         window=max(1, between(16, kv_len) - 1) if family.window else 0,
         padding_share=float(rng.uniform(0.02, limits.max_padding_share)),
-        spread="same" if rng.random() < 0.1 else "skewed" if rng.random() < 0.3 else "uniform",
+        spread="same"
+        if rng.random() < 0.1 or family.alike
+        else "skewed"
+        if rng.random() < 0.3
+        else "uniform",
         # What a model with a cache hands over, and only that has a causal decode.
         memory="concatenated"
         if family.mode == "decode" or (family.causal and rng.random() < 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections import defaultdict
@@ -14,7 +15,7 @@ import torch
 
 from .backends import Backend
 from .call import Call
-from .features import FEATURES, features
+from .features import FEATURES, Mode, features
 from .least_squares import relative_fit
 from .plan import Plan
 from .reference import Expected, error_of, expected
@@ -32,6 +33,8 @@ _LONG = 0.05
 #: are dared until then.
 _FEWEST_FIRST_RUNS = 3
 _FEW_GROUPS = 16
+#: How many times as many first runs make it worth to find that out anew.
+_REFIT = 1.25
 #: Workloads of a kind on which a backend's preparation is timed whatever their seed.
 _PREPARED = 4
 #: Workloads of a kind on which a backend that builds kernels is timed whatever their seed.
@@ -58,6 +61,8 @@ class Patience:
     #: Likewise preparation is timed on every third workload alone, once some of its kind are known.
     thrifty: bool = False
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    #: How many first runs were fitted, the seconds of one, and those of each group in it.
+    _lines: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     _prepared: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
     _timed: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
 
@@ -85,14 +90,25 @@ class Patience:
 
     def lasts(self, backend: str, workload: Workload) -> bool:
         """Whether the first run of a backend will end in time, as far as is known."""
-        seen = np.array(self._seen[backend])
-        if len(seen) < _FEWEST_FIRST_RUNS:
+        if len(self._seen[backend]) < _FEWEST_FIRST_RUNS:
             return _groups(workload) <= _FEW_GROUPS
-        amounts = np.stack([np.ones(len(seen)), seen[:, 0]], axis=1)
-        start, each = relative_fit(amounts, np.maximum(seen[:, 1], 1e-6))
-        return bool(start + each * _groups(workload) <= self.seconds)
+        start, each = self._line(backend)
+        return start + each * _groups(workload) <= self.seconds
+
+    def _line(self, backend: str) -> tuple[float, float]:
+        """Seconds of a first run, and of each group in it."""
+        count = len(self._seen[backend])
+        fitted, start, each = self._lines.get(backend, (0, 0.0, 0.0))
+        # A fit after every run would take a tenth of a calibration.
+        if count > _REFIT * fitted:
+            groups, seconds = np.array(self._seen[backend]).T
+            amounts = np.stack([np.ones(count), groups], axis=1)
+            start, each = map(float, relative_fit(amounts, np.maximum(seconds, 1e-6)))
+            self._lines[backend] = count, start, each
+        return start, each
 
 
+@functools.lru_cache(maxsize=4)
 def _groups(workload: Workload) -> float:
     cpu = torch.device("cpu")
     return features(workload.plan(cpu), workload.call(cpu))[_GROUPS]
@@ -183,11 +199,23 @@ def measure(
     return list(found.values())
 
 
+def takes_sequences(device: torch.device, backends: tuple[Backend, ...]) -> bool:
+    """Whether one kernel takes sequences of several lengths here, in half precision on a GPU."""
+    tiny = _tiny("forward", device)
+    able = candidates(tiny.plan(device), tiny.call(device), backends, {})
+    return any(backend.name in _VARLEN for backend in able)
+
+
+def _tiny(mode: Mode, device: torch.device) -> Workload:
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return Workload(mode, True, "left", dtype, 2, 32, 32, 4, 4, 64, padding_share=0.4)
+
+
 def warm_up(device: torch.device, backends: tuple[Backend, ...]) -> None:
     """Runs every backend once, so that no first run of :class:`Patience` starts up a library."""
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    for mode in ("forward", "train"):
-        tiny = Workload(mode, True, "left", dtype, 2, 32, 32, 4, 4, 64, padding_share=0.4)
+    modes: tuple[Mode, ...] = ("forward", "train")
+    for mode in modes:
+        tiny = _tiny(mode, device)
         plan, call = tiny.plan(device), tiny.call(device)
         tensors = tiny.tensors(device)
         for backend in candidates(plan, call, backends, {}):
@@ -208,8 +236,7 @@ def candidates(
         and not backend.last_resort
         and not backend.refusals(plan, call)
     ]
-    if plan.is_packed:
-        able = [backend for backend in able if not backend.uses_dense_mask(plan, call)] or able
+    able = [backend for backend in able if backend.set_aside(plan, call) is None] or able
     if plan.device.type == "cuda" and any(b.name in _VARLEN for b in able):
         # Nearly every batch brings new lengths, and SDPA builds kernels for each of them: never
         # worth it beside a kernel that takes all lengths, and most of a calibration's time.

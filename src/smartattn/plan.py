@@ -162,6 +162,13 @@ class Plan:
         return self.padding not in (Padding.NONE, Padding.UNKNOWN)
 
     @property
+    def is_uniform(self) -> bool:
+        """The rows' real tokens lie all at the same places, in a row."""
+        if not self.is_padded:
+            return not self.is_packed and self.pattern is not Pattern.OTHER
+        return self._derive(("uniform",), self._uniform)
+
+    @property
     def is_causal(self) -> bool:
         """A query sees nothing that comes after it."""
         return self.pattern is Pattern.CAUSAL
@@ -336,6 +343,13 @@ class Plan:
         else:
             padding = Padding.BOTH
         return padding, Sequences(rows, q_start - self.shift, q_length, start, length, contiguous)
+
+    def _uniform(self) -> bool:
+        sequences = self.sequences
+        if sequences is None or not sequences.contiguous:
+            return False
+        spans = (sequences.q_start, sequences.q_length, sequences.k_start, sequences.k_length)
+        return all(bool((span == span[0]).all()) for span in spans)
 
     def _pairs(self, pack_queries: bool) -> int:
         if self.sequences is None:

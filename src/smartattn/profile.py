@@ -101,6 +101,8 @@ class Threshold(Record):
     heads: Annotated[int, Field(ge=1, le=10**6)]
     kv_heads: Annotated[int, Field(ge=1, le=10**6)]
     padding_share: Share
+    #: All rows have as much padding; otherwise their lengths are drawn uniformly.
+    alike: bool = False
     winners: Annotated[tuple[Winner, ...], Field(min_length=1, max_length=1000)]
 
 

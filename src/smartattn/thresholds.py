@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import torch
 
+from .backends import NAMED
+from .call import Call
 from .cost import Cost, Predictor
 from .features import Layout, Regime
+from .plan import Plan
 from .profile import Threshold, Winner
 from .workload import Side, Workload
 
@@ -35,6 +38,10 @@ def thresholds(costs: Sequence[Cost], device: torch.device) -> list[Threshold]:
             usual = _usual(regime, share)
             names = [cost.backend for cost in rivals]
             winners = _winners(usual, regime.layout, predictor, names, longest, device)
+            if not winners:
+                # Rows of several lengths may leave nothing to choose.
+                usual = replace(usual, spread="same")
+                winners = _winners(usual, regime.layout, predictor, names, longest, device)
             if winners:
                 found.append(
                     Threshold(
@@ -47,10 +54,23 @@ def thresholds(costs: Sequence[Cost], device: torch.device) -> list[Threshold]:
                         heads=usual.heads,
                         kv_heads=usual.kv_heads,
                         padding_share=share,
+                        alike=usual.spread == "same",
                         winners=tuple(winners),
                     )
                 )
     return found
+
+
+def predictions(
+    predictor: Predictor, names: Sequence[str], plan: Plan, call: Call
+) -> list[tuple[float, str]]:
+    """(microseconds, backend) of those that would be considered for a call, the fastest first."""
+    predicted = [
+        (predictor.predict(name, plan, call), name)
+        for name in names
+        if name not in NAMED or NAMED[name].set_aside(plan, call) is None
+    ]
+    return sorted((us, name) for us, name in predicted if us is not None)
 
 
 def _usual(regime: Regime, share: float) -> Workload:
@@ -90,8 +110,7 @@ def _winners(
         if layout == "masked":
             workload = replace(workload, window=max(1, length // 4))
         plan, call = workload.plan(device), workload.call(device)
-        predicted = [(predictor.predict(name, plan, call), name) for name in names]
-        times = sorted((us, name) for us, name in predicted if us is not None)
+        times = predictions(predictor, names, plan, call)
         if len(times) < 2 or times[0][0] <= 0:
             continue
         if not winners or winners[-1].backend != times[0][1]:

@@ -19,4 +19,7 @@ BACKENDS: tuple[Backend, ...] = (
     EagerBackend(),
 )
 
-__all__ = ["BACKENDS", "Backend", "Support"]
+#: The same by name.
+NAMED: dict[str, Backend] = {backend.name: backend for backend in BACKENDS}
+
+__all__ = ["BACKENDS", "NAMED", "Backend", "Support"]

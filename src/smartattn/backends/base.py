@@ -123,6 +123,15 @@ class Backend(ABC):
         """This call would need a (q_len, kv_len) mask in memory."""
         return False
 
+    def set_aside(self, plan: Plan, call: Call) -> str | None:
+        """Why this backend, which could run the call, is not considered beside others; or None."""
+        if self.last_resort:
+            return "only where all others refuse"
+        # It may not fit in memory at all.
+        if plan.is_packed and self.uses_dense_mask(plan, call):
+            return f"would need a mask of {call.q_len:,} x {call.kv_len:,} for packed sequences"
+        return None
+
     @abstractmethod
     def bind(self, plan: Plan, call: Call) -> Runner:
         """Prepares what is the same for all layers that ask for ``call`` in this forward.
