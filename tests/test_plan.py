@@ -300,6 +300,20 @@ def test_rows_that_lie_alike(batch: Batch) -> None:
     assert batch.plan.is_uniform == expected
 
 
+@pytest.mark.parametrize(
+    ("rows", "alike"),
+    [
+        (("0110", "0110"), True),
+        (("0110", "1100"), False),
+        (("0110", "0111"), False),
+        (("1010", "1010"), False),
+    ],
+)
+def test_rows_as_long_as_each_other_may_lie_elsewhere(rows: tuple[str, ...], alike: bool) -> None:
+    real = np.array([[mark == "1" for mark in row] for row in rows])
+    assert Plan(2, 4, 4, Pattern.CAUSAL, CPU, real=real).is_uniform == alike
+
+
 @thorough
 @given(batches())
 def test_sequences_own_the_real_tokens(batch: Batch) -> None:
