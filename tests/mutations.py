@@ -864,6 +864,13 @@ MUTATIONS = (
         ("tests/test_fit.py", "-k", "set_aside"),
     ),
     Mutation(
+        "one slow round is enough to be hopeless",
+        "timing.py",
+        "if round_number == 2:",
+        "if round_number == 1:",
+        ("tests/test_calibrate.py", "-k", "hopeless"),
+    ),
+    Mutation(
         "first runs are fitted only once",
         "measure.py",
         "if count > _REFIT * fitted:",

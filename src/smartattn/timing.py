@@ -21,8 +21,9 @@ _MAX_BURST = 16
 _BURST_SECONDS = 1e-3
 #: Multiple of the time asked for after which even the fewest rounds are cut short.
 _HARD_LIMIT = 3.0
-#: Multiple of the fastest one's time at which a function gets no rounds after the first: nobody
-#: would choose it, and the little that has to be known of it is known.
+#: Multiple of the fastest one's time at which a function gets no rounds after the second: nobody
+#: would choose it, and the little that has to be known of it is known. One round may have met
+#: other work.
 _HOPELESS = 5.0
 
 
@@ -87,9 +88,9 @@ def interleaved(
             busy[name].append(device_us)
         # Whoever comes after a slow one is not always the same.
         order.append(order.pop(0))
-        if round_number == 1:
-            first = {name: max(host[name][0], busy[name][0]) for name in functions}
-            order = [name for name in order if first[name] <= _HOPELESS * min(first.values())]
+        if round_number == 2:
+            least = {name: min(map(max, host[name], busy[name])) for name in functions}
+            order = [name for name in order if least[name] <= _HOPELESS * min(least.values())]
         elapsed = time.perf_counter() - start
         settled = all(
             _uncertainty(list(map(max, host[name], busy[name]))) <= spread for name in order
