@@ -67,7 +67,10 @@ class SdpaBackend(Backend):
 def _bind_unmasked(call: Call, causal: bool) -> Runner:
     """The commonest call, with nothing left to decide per layer."""
     attention = torch.nn.functional.scaled_dot_product_attention
-    if call.group_size > 1 and not _grouped_without_mask(call):
+    if call.group_size > 1 and (
+        not _grouped_without_mask(call)
+        or (not causal and _folding_pays(call, call.batch, call.q_len, call.kv_len))
+    ):
         return lambda query, key, value, _: (
             attend(query, key, value, None, causal, call).transpose(1, 2).contiguous()
         )
@@ -105,17 +108,14 @@ def attend(
     """
     grouped = False
     if call.group_size > 1:
+        foldable = not causal and (mask is None or mask.shape[1] == 1)
+        if foldable and _folding_pays(call, query.shape[0], query.shape[2], key.shape[2]):
+            return _folded(query, key, value, mask, call)
         grouped = _takes_grouped_heads(query, key, value, mask, call)
-        if not grouped and call.q_len == 1 and (mask is None or mask.shape[1] == 1):
-            # One query: its heads of a group become the queries of one key/value head.
-            batch = query.shape[0]
-            folded = query.reshape(batch, call.kv_heads, call.group_size, call.head_dim)
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                folded, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
-            )
-            return attended.reshape(batch, call.heads, 1, call.value_head_dim)
+        if not grouped and foldable and query.shape[2] == 1:
+            return _folded(query, key, value, mask, call)
         if not grouped:
-            key, value = _repeated(key, call.group_size), _repeated(value, call.group_size)
+            key, value = repeated(key, call.group_size), repeated(value, call.group_size)
     if key.is_cuda and (0 in key.stride() or 0 in value.stride()):
         # The memory-efficient kernel misreads broadcast keys at some lengths: pytorch #191937.
         key, value = key.contiguous(), value.contiguous()
@@ -125,6 +125,54 @@ def attend(
         parts = zip(torch.split(query, rows, 2), torch.split(mask, rows, -2), strict=True)
         return torch.cat([_sdpa(q, key, value, m, False, grouped, call) for q, m in parts], dim=2)
     return _sdpa(query, key, value, mask, causal, grouped, call)
+
+
+def _folded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    call: Call,
+) -> torch.Tensor:
+    """:func:`attend` with the heads of a group as further queries of their key/value head."""
+    batch, heads, q_len, head_dim = query.shape
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, call.group_size, 1)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, call.kv_heads, call.group_size * q_len, head_dim),
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        scale=call.scaling,
+    )
+    return attended.reshape(batch, heads, q_len, call.value_head_dim)
+
+
+#: Queries up to which folding saves more than it costs, and keys from which it does for several.
+_FEW_QUERIES, _MANY_KEYS = 8, 256
+#: What share of the time is left at most, in units of the share of the tasks that are: a kernel of
+#: one query is slow in half precision. With several queries it is that of float32.
+_LEFT_OVER = {torch.bfloat16: 0.5, torch.float16: 1.67}
+_LEFT_OVER_OTHERWISE = 3.3
+
+
+def _folding_pays(call: Call, batch: int, q_len: int, kv_len: int) -> bool:
+    """Whether a CPU is faster with the heads of a group as queries of one head.
+
+    Its kernel takes heads one by one, reads the keys again for each, and multiplies by one query at
+    a time; but heads are also what its threads share. Measured by ``benchmarks.sdpa_forms``.
+    """
+    if call.device.type != "cpu" or q_len > _FEW_QUERIES:
+        return False
+    left_over = _LEFT_OVER_OTHERWISE
+    if q_len == 1:
+        left_over = _LEFT_OVER.get(call.dtype, left_over)
+    elif kv_len < _MANY_KEYS:
+        return False
+    threads = torch.get_num_threads()
+    folded, unfolded = -(-batch * call.kv_heads // threads), -(-batch * call.heads // threads)
+    return folded * left_over <= unfolded
 
 
 #: Elements of one (q_len, kv_len) mask that 32-bit offsets reach.
@@ -190,7 +238,8 @@ _fused_sdp_choice: Any = getattr(torch, "_fused_sdp_choice", lambda *_, **__: _M
 _MATH = 0
 
 
-def _repeated(states: torch.Tensor, times: int) -> torch.Tensor:
+def repeated(states: torch.Tensor, times: int) -> torch.Tensor:
+    """(batch, kv_heads, length, dim) with each head ``times`` times in a row."""
     batch, heads, length, dim = states.shape
     states = states[:, :, None].expand(batch, heads, times, length, dim)
     return states.reshape(batch, heads * times, length, dim)
