@@ -103,8 +103,8 @@ def attend(
 ) -> torch.Tensor:
     """One call of ``scaled_dot_product_attention`` with grouped heads where a kernel takes them.
 
-    Shapes are those of :class:`~smartattn.call.Call`; the result is (batch, heads, q_len,
-    value_head_dim).
+    Shapes are those of :class:`~smartattn.call.Call`, the mask is (1 or batch, 1 or heads, q_len,
+    kv_len); the result is (batch, heads, q_len, value_head_dim).
     """
     grouped = False
     if call.group_size > 1:

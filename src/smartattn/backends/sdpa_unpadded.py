@@ -70,14 +70,17 @@ class SdpaUnpaddedBackend(Backend):
 
     @staticmethod
     def _local(plan: Plan, queries: slice, keys: slice) -> tuple[torch.Tensor | None, bool]:
-        """(mask, is_causal) of one sequence; the mask only where is_causal cannot say it."""
+        """(mask, is_causal) of one sequence; the mask only where is_causal cannot say it.
+
+        The mask is (1, 1, queries, keys).
+        """
         q_len, kv_len = queries.stop - queries.start, keys.stop - keys.start
         causal = plan.is_causal and q_len > 1
         if plan.window is None and not (causal and q_len != kv_len):
             return None, causal
         shift = kv_len - q_len if plan.is_causal else 0
         mask = local_mask(q_len, kv_len, shift, plan.is_causal, plan.window, plan.device)
-        return mask, False
+        return mask[None, None], False
 
 
 def _groups(plan: Plan, pack_queries: bool) -> list[tuple[Any, slice, slice]]:
