@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from smartattn import calibrate as module
-from smartattn import grid, profile, samples
+from smartattn import grid, profile, samples, timing
 from smartattn.backends import BACKENDS, Backend, Support
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request, calibrate
 from smartattn.call import Call, Runner
@@ -326,6 +326,27 @@ def test_a_hopeless_function_gets_two_rounds() -> None:
     assert times["hopeless"].rounds == 2
     assert times["fast"].rounds == 5
     assert times["hopeless"].host_us == pytest.approx(20_000, rel=0.5)
+
+
+def test_one_late_call_of_a_burst_is_not_what_a_launch_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Event) -> float:
+            return 0.16
+
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda ticks: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waits = iter([0.0] * 3 + [0.2] + [0.0] * 12)
+    host_us, device_us = timing._cuda_calls(lambda: time.sleep(next(waits)), 16, 1.0)
+    assert host_us < 5_000
+    assert device_us == pytest.approx(10.0)
 
 
 def test_one_slow_round_is_not_hopeless() -> None:

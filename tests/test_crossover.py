@@ -39,8 +39,8 @@ def cost(backend: str, device_us: dict[str, float], **changes: Any) -> Cost:
 MADE = Profile(
     name="made",
     costs=(
-        cost("sdpa", {"call": 10.0, "dense_pairs": 1.0}),
-        cost("torch_varlen", {"call": 40.0, "real_pairs": 1.0}),
+        cost("sdpa", {"call": 10.0, "dense_tiles": 1.0}),
+        cost("torch_varlen", {"call": 40.0, "real_tiles": 1.0}),
         # Less was measured of another head_dim, which has no map.
         cost("sdpa", {"call": 1.0}, head_dim=128, samples=2),
     ),
@@ -68,7 +68,7 @@ def test_the_map_is_what_the_profile_predicts() -> None:
 
 
 def test_what_is_set_aside_wins_nothing() -> None:
-    costs = (cost("sdpa", {"dense_pairs": 1.0}), cost("sdpa_unpadded", {"real_pairs": 0.1}))
+    costs = (cost("sdpa", {"dense_tiles": 1.0}), cost("sdpa_unpadded", {"real_tiles": 0.1}))
     gpu = Device(kind="cuda", name="NVIDIA H200")
     (here,) = crossover.maps(Profile(name="here", costs=costs))
     (there,) = crossover.maps(Profile(name="there", costs=costs, device=gpu))

@@ -37,8 +37,8 @@ def drawn(count: int) -> list[Sample]:
     ):
         work = features(workload.plan(CUDA), workload.call(CUDA))
         amounts = dict(zip(FEATURES, work, strict=True))
-        found.append(sample(workload, "sdpa", 20 + 3 * amounts["dense_pairs"]))
-        found.append(sample(workload, "flash_attention_2", 90 + 3 * amounts["real_pairs"]))
+        found.append(sample(workload, "sdpa", 20 + 3 * amounts["dense_tiles"]))
+        found.append(sample(workload, "flash_attention_2", 90 + 3 * amounts["real_tiles"]))
     return found
 
 

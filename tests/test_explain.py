@@ -60,7 +60,7 @@ def crossing(tmp_path: Path) -> profile.Profile:
                 "name": "crossing",
                 "device": identity.model_dump(),
                 "costs": [
-                    cost("sdpa", dense_pairs=1.0, call=10.0),
+                    cost("sdpa", dense_tiles=1.0, call=10.0),
                     cost("sdpa_unpadded", call=1000.0),
                 ],
             }

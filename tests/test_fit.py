@@ -27,8 +27,8 @@ from smartattn.workload import Workload
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Microseconds per unit: one backend walks the padded tensors, the other the real tokens.
 TRUE = {
-    "sdpa": {"call": 20.0, "dense_pairs": 2.0, "mask_pairs": 4.0, "dense_keys": 0.4},
-    "torch_varlen": {"call": 45.0, "sequences": 1.0, "real_pairs": 2.5, "dense_queries": 0.5},
+    "sdpa": {"call": 20.0, "dense_tiles": 2.0, "mask_pairs": 4.0, "dense_keys": 0.4},
+    "torch_varlen": {"call": 45.0, "sequences": 1.0, "real_tiles": 2.5, "dense_queries": 0.5},
 }
 FAMILY = grid.Family("forward", True, ("left",), "bfloat16", 64)
 
@@ -469,7 +469,7 @@ def test_the_cost_of_collecting_keys_from_a_cache_is_told_apart() -> None:
         workload = replace(workload, memory=("transposed", "concatenated")[index % 2])
         amounts = features(workload.plan(CUDA), workload.call(CUDA))
         named = dict(zip(FEATURES, amounts, strict=True))
-        us = 20.0 + 2.0 * named["real_pairs"] + 3.0 * named["concatenated_keys"]
+        us = 20.0 + 2.0 * named["real_tiles"] + 3.0 * named["concatenated_keys"]
         samples.append(Sample(index, workload, "torch_varlen", "ok", 10.0, 0.0, us, 0.01, 5))
     predictor = Predictor(fit_costs(samples, CUDA))
     wide = Workload("forward", True, "left", "bfloat16", 32, 512, 512, 16, 16, 64, 0, 0, 0.5)

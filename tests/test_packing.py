@@ -490,5 +490,5 @@ def test_features_and_route_agree_on_what_is_skipped() -> None:
         call = Call(CPU, torch.bfloat16, 16, width, width, 4, 4, 64, 64, grad=grad)
         amounts = dict(zip(names, features(plan, call), strict=True))
         how = route(plan, call, key_bounds=False, in_place=True, used_keys=not grad)
-        skipped = amounts["sequence_pairs"] == amounts["real_pairs"]
+        skipped = amounts["sequence_tiles"] == amounts["real_tiles"]
         assert skipped == (how is Route.IN_PLACE) == bool(amounts["sequenced"])

@@ -18,7 +18,7 @@ from smartattn.dense import local_mask
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
 from smartattn.packing import packs_queries, varlen_refusals
-from smartattn.plan import Padding, Pattern, Plan, _bounds
+from smartattn.plan import Padding, Pattern, Plan, _bounds, tiled_pairs
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -349,13 +349,35 @@ def test_attended_pairs_against_the_mask(batch: Batch) -> None:
     plan = batch.plan
     seen = batch.seen
     pairs = int(seen[batch.real_queries].sum())
-    if batch.window is None or (batch.causal and batch.is_contiguous):
+    if batch.window is None or batch.is_contiguous:
         assert plan.attended_pairs(True) == pairs
-    elif not batch.causal:
-        # The ends of a sequence have fewer neighbours than the estimate gives them.
-        assert pairs <= plan.attended_pairs(True)
     if not batch.causal and batch.window is None and batch.packed is None:
         assert plan.attended_pairs(False) == seen.sum()
+
+
+@pytest.mark.parametrize("window", [None, 1, 60, 64, 65, 200, 1000])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (64, 64), (4, 2), (1, 1)])
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 9), (64, 64), (129, 129), (300, 300), (70, 333)])
+def test_tiles_that_hold_an_attended_pair(
+    lengths: tuple[int, int], rows: int, columns: int, causal: bool, window: int | None
+) -> None:
+    q, k = lengths
+    if window is not None and not causal and q != k:
+        pytest.skip("a window to both sides needs as many queries as keys")
+    places, keys = np.arange(k - q, k)[:, None], np.arange(k)
+    seen = keys <= places if causal else np.ones((q, k), dtype=bool)
+    if window is not None:
+        seen = seen & (places - keys < window + (not causal)) & (keys - places <= window)
+    padded = np.zeros((-(-q // rows) * rows, -(-k // columns) * columns), dtype=bool)
+    padded[:q, :k] = seen
+    tiles = padded.reshape(len(padded) // rows, rows, -1, columns).any(axis=(1, 3)).sum()
+    found = tiled_pairs(np.array([q, 0]), np.array([k, 7]), causal, window, rows, columns)
+    assert found == tiles * rows * columns
+
+
+def test_queries_beyond_the_keys_see_all_of_them() -> None:
+    assert tiled_pairs(np.array([5]), np.array([3]), True, None, 1, 1) == 1 + 2 + 3 + 3 + 3
 
 
 def test_what_is_not_recognised_is_a_dense_mask() -> None:

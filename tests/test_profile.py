@@ -463,9 +463,9 @@ def test_prediction_is_features_times_coefficients() -> None:
     plan = padded_plan()
     call = call_for(plan)
     amounts = dict(zip(FEATURES, features(plan, call), strict=True))
-    found = predicting(cost("sdpa", {"call": 3.0, "dense_pairs": 100.0}, host_us={"call": 1.0}))
-    assert amounts["dense_pairs"] == pytest.approx(4 * 64 * 64 * 8 / 1e6)
-    expected = 3.0 + 100.0 * amounts["dense_pairs"]
+    found = predicting(cost("sdpa", {"call": 3.0, "dense_tiles": 100.0}, host_us={"call": 1.0}))
+    assert amounts["dense_tiles"] == pytest.approx(4 * 64 * 64 * 8 / 1e6)
+    expected = 3.0 + 100.0 * amounts["dense_tiles"]
     assert found.predict("sdpa", plan, call) == pytest.approx(expected)
 
 
@@ -491,7 +491,7 @@ def test_what_was_not_measured_is_not_predicted() -> None:
 
 
 def test_extrapolation_has_bounds() -> None:
-    found = predicting(cost("sdpa", {"call": 1.0, "dense_pairs": 1.0}, longest_kv_len=16))
+    found = predicting(cost("sdpa", {"call": 1.0, "dense_tiles": 1.0}, longest_kv_len=16))
     within = padded_plan(2, 16 * MAX_EXTRAPOLATION)
     beyond = padded_plan(2, 16 * MAX_EXTRAPOLATION + 1)
     assert found.predict("sdpa", within, call_for(within)) is not None

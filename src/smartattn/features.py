@@ -9,29 +9,30 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
 from .call import Call
 from .packing import packs_queries
-from .plan import Padding, Plan
+from .plan import Padding, Plan, tiled_pairs
 
 Mode = Literal["forward", "train", "decode"]
 Layout = Literal["plain", "right", "padded", "masked", "packed"]
 
 #: The features in their order, each with its unit. "Dense" counts what the padded tensors hold,
-#: "real" what the mask leaves of it; a "group" is the sequences of a batch that lie alike, which
-#: can be cut out of the padded tensors together.
+#: "real" what the mask leaves of it, "tiles" the pairs of all tiles that hold one; a "group" is the
+#: sequences of a batch that lie alike, which can be cut out of the padded tensors together.
 FEATURES: dict[str, str] = {
     "call": "1 per call",
     "groups": "kernel launches if each group of sequences gets its own",
     "gathers": "1 if keys lie as a cache concatenates them and are not all real: rows to collect",
     "sequenced": "1 if rows are told apart as sequences, since padding is not first and last keys",
     "sequences": "10^3 sequences x heads",
-    "dense_pairs": "10^6 (query, key) pairs x heads, masked ones included",
-    "visible_pairs": "10^6 (query, key) pairs x heads that the causal pattern leaves of those",
-    "real_pairs": "10^6 (query, key) pairs x heads, attended ones only",
+    "dense_tiles": "10^6 (query, key) pairs x heads, masked ones included",
+    "visible_tiles": "10^6 (query, key) pairs x heads that the causal pattern leaves of those",
+    "real_tiles": "10^6 (query, key) pairs x heads, those with real tokens in them only",
     "mask_pairs": "10^6 elements of a (batch, 1, q_len, kv_len) mask",
     "dense_queries": "10^3 query tokens x heads, padding included",
     "real_queries": "10^3 query tokens x heads, real ones only",
@@ -46,7 +47,7 @@ FEATURES: dict[str, str] = {
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
     "block_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
     "blocks": "one query per sequence: 10^3 thread blocks, whose heads share their keys",
-    "sequence_pairs": "real_pairs, or visible_pairs of right padding that is not worth skipping",
+    "sequence_tiles": "real_tiles, or visible_tiles of right padding that is not worth skipping",
 }
 
 #: Features that the head_dim has no part in.
@@ -74,6 +75,12 @@ _SIZE_LIMIT = 2.0
 #: Heads of a group that share a thread block in decoding, and the share of the slots from which
 #: blocks fill a device without splitting keys: both are constants of the kernels' own heuristic.
 _BLOCK_HEADS, _FULL = 64, 0.8
+
+
+#: Queries and keys that the kernels of GPUs work at together: a sequence costs whole tiles, which
+#: is twice its share of the pairs or more if it is short. The sizes differ by kernel and head_dim;
+#: these are the commonest of flash-attention 2, csrc/flash_attn/src/flash_fwd_launch_template.h.
+_TILE = (128, 64)
 
 
 class Regime(NamedTuple):
@@ -136,11 +143,11 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
     queries = call.batch * call.q_len * 1e-3
     keys = call.batch * visible * 1e-3
     real_keys = plan.real_k * 1e-3
-    dense = queries * visible * 1e-3
-    real_pairs = plan.attended_pairs(pack_queries) * heads * 1e-6
-    # Query i of a causal call does not see the q_len - 1 - i keys that come after its own.
-    hidden = call.q_len - 1 if plan.is_causal else 0
-    visible_pairs = max(0.0, dense - queries * hidden * 0.5e-3) * heads
+    tile = (1, 1) if call.q_len == 1 or call.device.type == "cpu" else _TILE
+    lengths = np.array([call.q_len]), np.array([visible])
+    dense_tiles = tiled_pairs(*lengths, False, None, *tile) * call.batch * heads * 1e-6
+    visible_tiles = tiled_pairs(*lengths, plan.is_causal, None, *tile) * call.batch * heads * 1e-6
+    real_tiles = plan.tiled_pairs(pack_queries, *tile) * heads * 1e-6
     whole = plan.is_padded and needs_no_mask(plan, call) and not skipping_pays(plan, call)
     padded = plan.is_padded and not whole
     sequenced = padded and (call.grad or not bounds_suffice(plan, call))
@@ -151,10 +158,10 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
         1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
         1.0 if sequenced else 0.0,
         facts.sequences * heads * 1e-3,
-        dense * heads,
-        visible_pairs,
-        real_pairs,
-        dense,
+        dense_tiles,
+        visible_tiles,
+        real_tiles,
+        queries * visible * 1e-3,
         queries * heads,
         plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
         keys * kv_heads,
@@ -168,7 +175,7 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
         facts.groups * (queries * heads + 2 * keys * kv_heads),
         _block_keys(plan, call, facts, slots) * 1e-3 if slots and call.q_len == 1 else 0.0,
         _blocks(call, facts) * 1e-3 if slots and call.q_len == 1 else 0.0,
-        visible_pairs if whole else real_pairs,
+        visible_tiles if whole else real_tiles,
     )
 
 

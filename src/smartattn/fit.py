@@ -66,8 +66,8 @@ _WALKS = (
         "blocks",
         "block_keys",
         "sequences",
-        "dense_pairs",
-        "visible_pairs",
+        "dense_tiles",
+        "visible_tiles",
         "mask_pairs",
         "dense_queries",
         "dense_keys",
@@ -81,7 +81,7 @@ _WALKS = (
         "groups",
         "sequenced",
         "sequences",
-        "sequence_pairs",
+        "sequence_tiles",
         "dense_queries",
         "real_queries",
         "real_keys",
@@ -93,7 +93,7 @@ _WALKS = (
         "blocks",
         "block_keys",
         "groups",
-        "real_pairs",
+        "real_tiles",
         "dense_queries",
         "real_queries",
         "real_keys",
@@ -103,10 +103,10 @@ _WALKS = (
     ),
 )
 #: The work that nobody can avoid, per mode: attended pairs, or for one query the keys to read.
-_NEEDED: dict[Mode, str] = {"forward": "real_pairs", "train": "real_pairs", "decode": "real_keys"}
+_NEEDED: dict[Mode, str] = {"forward": "real_tiles", "train": "real_tiles", "decode": "real_keys"}
 #: What it is called by what is walked.
 _NEEDED_AS = {
-    "real_pairs": ("real_pairs", "sequence_pairs", "visible_pairs"),
+    "real_tiles": ("real_tiles", "sequence_tiles", "visible_tiles"),
     "real_keys": ("real_keys", "dense_keys"),
 }
 #: Share of the lowest time per unit of it that the coefficient is at least. All of it would leave
@@ -122,7 +122,7 @@ _PREPARED = _columns("call", "groups", "sequences", "mask_pairs", "real_queries"
 #: Tensors that a call allocates: copies, masks, outputs and, for a backward, what it kept.
 _ALLOCATED = _columns(
     "sequences",
-    "dense_pairs",
+    "dense_tiles",
     "mask_pairs",
     "dense_queries",
     "real_queries",

@@ -196,9 +196,22 @@ class Plan:
     def attended_pairs(self, pack_queries: bool) -> int:
         """Number of (query, key) pairs among real tokens that the pattern lets through.
 
-        ``pack_queries`` False counts every query, padding included.
+        ``pack_queries`` False counts every query, padding included. All pairs without
+        :attr:`sequences`.
         """
-        return self._derive(("pairs", pack_queries), lambda: self._pairs(pack_queries))
+        if self.sequences is None:
+            return self.batch * self.q_len * self.kv_len
+        return self.tiled_pairs(pack_queries, 1, 1)
+
+    def tiled_pairs(self, pack_queries: bool, rows: int, columns: int) -> int:
+        """Number of (query, key) pairs in the tiles of a kernel that hold an attended pair.
+
+        Each sequence is cut into tiles of ``rows`` queries and ``columns`` keys, of which the last
+        ones stick out. ``rows`` is a multiple of ``columns``. ``pack_queries`` False counts every
+        query, padding included. Needs :attr:`sequences`.
+        """
+        key = ("tiles", pack_queries, rows, columns)
+        return self._derive(key, lambda: self._tiled_pairs(pack_queries, rows, columns))
 
     def describe(self) -> dict[str, Any]:
         """The measured facts as plain values, for traces and logs."""
@@ -351,12 +364,17 @@ class Plan:
         spans = (sequences.q_start, sequences.q_length, sequences.k_start, sequences.k_length)
         return all(bool((span == span[0]).all()) for span in spans)
 
-    def _pairs(self, pack_queries: bool) -> int:
-        if self.sequences is None:
-            return self.batch * self.q_len * self.kv_len
+    def _tiled_pairs(self, pack_queries: bool, rows: int, columns: int) -> int:
+        lengths = self._lengths(pack_queries)
+        return tiled_pairs(*lengths, self.is_causal, self.window, rows, columns)
+
+    def _lengths(self, pack_queries: bool) -> tuple[IntArray, IntArray]:
+        """Queries and keys of each sequence."""
+        assert self.sequences is not None
         lengths_k = self.sequences.k_length
-        lengths_q = self.sequences.q_length if pack_queries else np.full_like(lengths_k, self.q_len)
-        return int(_pairs(lengths_q, lengths_k, self.is_causal, self.window))
+        if pack_queries:
+            return self.sequences.q_length, lengths_k
+        return np.full_like(lengths_k, self.q_len), lengths_k
 
 
 def _bounds(real: BoolArray) -> tuple[IntArray, IntArray, IntArray]:
@@ -394,19 +412,46 @@ def _packed_sequences(starts: BoolArray) -> Sequences:
     return Sequences(row, start, length, start, length)
 
 
-def _pairs(q: IntArray, k: IntArray, causal: bool, window: int | None) -> int:
-    """Attended pairs of sequences whose last query stands at the last key."""
-    full = q * k
+def tiled_pairs(
+    q: IntArray, k: IntArray, causal: bool, window: int | None, rows: int, columns: int
+) -> int:
+    """:meth:`Plan.tiled_pairs` of sequences whose last query stands at the last key.
+
+    Where there are more queries than keys, the further ones see all keys.
+    """
+    end = _whole(k, columns)
+    further = -(-q // rows)
     if causal:
-        full = full - q * (q - 1) // 2
-        if window is not None:
-            # Query j (from the end) has k - j keys before the window cuts them to `window`.
-            over = np.maximum(k - window, 0)
-            first = np.maximum(over - q, 0)
-            full = full - (over * (over + 1) // 2 - first * (first + 1) // 2)
-    elif window is not None:
-        full = np.minimum(full, q * (2 * window + 1))
-    return int(full.sum())
+        q = np.minimum(q, k)
+    blocks = -(-q // rows)
+    further = further - blocks
+    shift = k - q if causal else np.zeros_like(k)
+    if causal:
+        # Each row of tiles sees ``rows`` keys more than the one above it; the last sees them all.
+        before = _whole(shift, columns)
+        pairs = (blocks - 1) * before + rows * (blocks - 1) * blocks // 2 + end
+    else:
+        pairs = blocks * end
+    if window is not None:
+        # Row i of tiles does not see the first ``first`` + rows * i keys, where that is positive.
+        first = (shift - window + (1 if causal else 0)) // columns * columns
+        start = np.minimum(np.maximum(-first // rows + 1, 0), blocks)
+        pairs = pairs - _series(first + rows * start, rows, blocks - start)
+        if not causal:
+            # Nor, in a window to both sides, the last ``last`` - rows * i.
+            last = end - _whole(window, columns) - rows
+            pairs = pairs - _series(last, -rows, np.clip(-(-last // rows), 0, blocks))
+    return rows * int((pairs + further * end)[(q > 0) & (k > 0)].sum())
+
+
+def _series(first: IntArray, step: int, terms: IntArray) -> IntArray:
+    """The sum of first, first + step, ..."""
+    return terms * first + step * (terms * (terms - 1) // 2)
+
+
+def _whole(lengths: Any, size: int) -> Any:
+    """Lengths rounded up to whole tiles."""
+    return -(-lengths // size) * size
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
