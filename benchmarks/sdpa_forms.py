@@ -9,6 +9,7 @@ the backend ``sdpa`` does it (``smart``). All are interleaved in each round.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ FORMS = ("smart", "grouped", "repeated", "folded", *KERNELS)
 #: (heads, kv_heads, head_dim) of SmolLM2, Llama 3, Qwen2-0.5B and BERT-base.
 HEADS = ((9, 3, 64), (32, 8, 128), (14, 2, 64), (12, 12, 64))
 #: Largest difference between two forms, relative to the largest value.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 #: Scores that the math kernel may hold.
 _MOST_SCORES = 2**28
 
@@ -186,7 +187,9 @@ def _forms(
         return folded.reshape(query.shape)
 
     def by_kernel(kernel: SDPBackend) -> torch.Tensor:
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(kernel), warnings.catch_warnings():
+            # torch says why each of the other kernels does not run.
+            warnings.simplefilter("ignore")
             return attend(query, key, value)
 
     forms: dict[str, Callable[[], torch.Tensor]] = {

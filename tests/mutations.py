@@ -42,6 +42,7 @@ class Mutation:
 
 
 PLAN = ("tests/test_plan.py",)
+FOLDING = ("tests/test_folding.py",)
 PACKING = ("tests/test_packing.py",)
 CHOOSE = ("tests/test_choose.py",)
 MATRIX = ("tests/test_backends_matrix.py", "-k", "float64 and not limits and not gpu")
@@ -869,6 +870,62 @@ MUTATIONS = (
         "if round_number == 2:",
         "if round_number == 1:",
         ("tests/test_calibrate.py", "-k", "hopeless"),
+    ),
+    Mutation(
+        "a launch takes what the burst takes on average",
+        "timing.py",
+        "host_us = statistics.median(",
+        "host_us = statistics.fmean(",
+        ("tests/test_calibrate.py", "-k", "late_call"),
+    ),
+    Mutation(
+        "kernels of a GPU cost the pairs alone",
+        "features.py",
+        "_TILE = (128, 64)",
+        "_TILE = (1, 1)",
+        ("tests/test_fit.py", "-k", "tiles"),
+    ),
+    Mutation(
+        "tiles of a CPU",
+        "features.py",
+        'call.q_len == 1 or call.device.type == "cpu"',
+        "call.q_len == 1",
+        ("tests/test_fit.py", "-k", "tiles"),
+    ),
+    Mutation(
+        "windows hide no tiles",
+        "plan.py",
+        "pairs = pairs - _series(first + rows * start, rows, blocks - start)",
+        "pass",
+        PLAN,
+    ),
+    Mutation(
+        "folded heads share the mask's rows wrongly",
+        "backends/sdpa.py",
+        "mask = mask.repeat(1, 1, call.group_size, 1)",
+        "mask = mask.repeat_interleave(call.group_size, 2)",
+        FOLDING,
+    ),
+    Mutation(
+        "causal queries are folded without a mask",
+        "backends/sdpa.py",
+        "foldable = not causal and (mask is None or mask.shape[1] == 1)",
+        "foldable = mask is None or mask.shape[1] == 1",
+        FOLDING,
+    ),
+    Mutation(
+        "a bias of each head is folded",
+        "backends/sdpa.py",
+        "foldable = not causal and (mask is None or mask.shape[1] == 1)",
+        "foldable = not causal",
+        FOLDING,
+    ),
+    Mutation(
+        "grouped heads in float32 go to the math kernel of a GPU",
+        "backends/sdpa.py",
+        "return blocks < (processors(call.device) or 0)",
+        "return True",
+        FOLDING,
     ),
     Mutation(
         "first runs are fitted only once",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,16 @@ from unittest import mock
 
 import pytest
 import torch
-from benchmarks import bounds, calls, choices, common, models, models_page, padding_free
+from benchmarks import (
+    bounds,
+    calls,
+    choices,
+    common,
+    models,
+    models_page,
+    padding_free,
+    sdpa_forms,
+)
 from benchmarks.common import Budget, Run
 
 from smartattn.backends import BACKENDS
@@ -341,3 +351,25 @@ def test_choices_are_compared_with_every_backend(
     result = choices.Result("made up", {"smart": 10.4, "sdpa": 10.0, "torch_varlen": 12.0})
     assert (result.best, result.ratio) == ("sdpa", pytest.approx(1.04))
     assert "0 of 1" in choices.table([result])
+
+
+def test_the_forms_of_sdpa_agree_and_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page, figures = tmp_path / "forms.md", tmp_path / "forms.json"
+    arguments = ("--tiny", "--device", "cpu", "--rounds", 1, "--seconds", 0)
+    wanted = ("--only", "float32 *1x*/32 *", "--only", "bfloat16 8x5/512 32/8*")
+    run_main(sdpa_forms.main, monkeypatch, *arguments, *wanted, "--json", figures, "--page", page)
+    results = [sdpa_forms.Result(**row) for row in json.loads(figures.read_text())["results"]]
+    assert len(results) > 4
+    for result in results:
+        assert ({"grouped", "folded"} <= result.us.keys()) == ("12/12" not in result.workload)
+        assert {"smart", "repeated"} <= result.us.keys()
+    assert all(result.workload in page.read_text() for result in results)
+
+
+def test_a_form_with_another_answer_is_no_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = next(w for w in sdpa_forms.tiny_workloads() if w.heads > w.kv_heads)
+    monkeypatch.setattr(sdpa_forms, "repeated", lambda x, n: x.repeat(1, n, 1, 1))
+    with pytest.raises(AssertionError, match="differs by"):
+        sdpa_forms.measure(workload, None, torch.device("cpu"), 1, 0.0, math.inf)

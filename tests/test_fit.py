@@ -462,6 +462,29 @@ def test_excluded_backends_are_in_no_part_of_the_profile() -> None:
     assert made.run.excluded == why
 
 
+def test_kernels_of_gpus_cost_whole_tiles() -> None:
+    plain = Workload("forward", False, "none", "bfloat16", 2, 130, 130, 4, 4, 64, 0, 0, 0.0)
+    found = {}
+    for device in (CUDA, torch.device("cpu")):
+        for workload in (
+            plain,
+            replace(plain, causal=True),
+            replace(plain, mode="decode", q_len=1),
+        ):
+            amounts = features(workload.plan(device), workload.call(device))
+            named = dict(zip(FEATURES, amounts, strict=True))
+            tiles = [named[f"{kind}_tiles"] * 1e6 / 8 for kind in ("dense", "visible", "real")]
+            found[device.type, workload.mode, workload.causal] = [round(pairs) for pairs in tiles]
+    assert found == {
+        ("cuda", "forward", False): [256 * 192] * 3,
+        ("cuda", "forward", True): [256 * 192, *[128 * 128 + 128 * 192] * 2],
+        ("cuda", "decode", False): [130] * 3,
+        ("cpu", "forward", False): [130 * 130] * 3,
+        ("cpu", "forward", True): [130 * 130, *[130 * 131 // 2] * 2],
+        ("cpu", "decode", False): [130] * 3,
+    }
+
+
 def test_the_cost_of_collecting_keys_from_a_cache_is_told_apart() -> None:
     """Half of the samples lie as a cache concatenates them, and reading those takes longer."""
     samples = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from smartattn.backends import NAMED
+from smartattn.backends import NAMED, sdpa
 from smartattn.backends.base import DEFAULT_TOLERANCES
 from smartattn.backends.sdpa import _folding_pays
 from smartattn.call import Call
@@ -185,3 +185,32 @@ def test_where_folding_pays(
     call = _call(dtype, *heads, q_len)
     assert _folding_pays(call, batch, q_len, kv_len) == pays
     assert not _folding_pays(replace(call, device=torch.device("cuda")), batch, q_len, kv_len)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "batch", "q_len", "grouped"),
+    [
+        (torch.float32, (32, 8), 1, 1024, False),
+        (torch.float32, (9, 3), 1, 1024, False),
+        (torch.float32, (9, 3), 1, 512, True),
+        (torch.float32, (9, 3), 1, 1, True),
+        (torch.float32, (9, 3), 32, 1, False),
+        (torch.float64, (32, 8), 1, 1024, True),
+        (torch.bfloat16, (32, 8), 1, 1024, True),
+        (torch.float16, (32, 8), 64, 1, True),
+    ],
+)
+def test_where_a_gpu_takes_grouped_heads_without_a_mask(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    batch: int,
+    q_len: int,
+    grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sdpa, "processors", lambda device: 132)
+    call = replace(_call(dtype, *heads, q_len), batch=batch)
+    assert sdpa._grouped_without_mask(call)
+    call = replace(call, device=torch.device("cuda"))
+    assert sdpa._grouped_without_mask(call) == grouped
+    assert not sdpa._grouped_without_mask(replace(call, head_dim=320, value_head_dim=320))

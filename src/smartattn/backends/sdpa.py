@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
+from ..machine import processors
 from ..plan import Padding, Pattern, Plan
 from .base import Backend, Support
 
@@ -226,7 +227,22 @@ def _takes_grouped_heads(
 
 
 def _grouped_without_mask(call: Call) -> bool:
-    return call.head_dim == call.value_head_dim <= 256
+    """:func:`_takes_grouped_heads` without a mask.
+
+    On GPUs none does in float32. There the math kernel is the faster one as long as the blocks of
+    the memory-efficient one are fewer than the multiprocessors, since it alone cuts the keys of a
+    query into parts. Measured by ``benchmarks.sdpa_forms``.
+    """
+    if not call.head_dim == call.value_head_dim <= 256:
+        return False
+    if call.device.type != "cuda" or call.dtype != torch.float32:
+        return True
+    blocks = call.batch * call.heads * -(-call.q_len // _BLOCK_QUERIES)
+    return blocks < (processors(call.device) or 0)
+
+
+#: Queries of one block of torch's memory-efficient kernel.
+_BLOCK_QUERIES = 64
 
 
 #: Where torch tells which kernel it would run.
