@@ -10,12 +10,13 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from .backends import NAMED
+from .backends.base import Walk
 from .cost import BEND_LIMIT, Cost
 from .features import (
     BEND_TERMS,
     FEATURES,
     FIXED,
-    Layout,
     Mode,
     Regime,
     bend_terms,
@@ -23,15 +24,13 @@ from .features import (
     regime_of,
 )
 from .grid import FEWEST
-from .least_squares import FloatArray, log_errors, outlier_weights, relative_fit
+from .least_squares import FloatArray, outlier_weights, relative_fit
 from .profile import Profile, Rule, Run, default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
 from .thresholds import thresholds
 from .workload import Workload
 
-#: Parts that the samples are cut into for predicting each from the others.
-_FOLDS = 5
 #: How many samples the coefficients of all regimes of a group together count as, for those of one.
 _PRIOR_SAMPLES = 10.0
 #: First calls that take less than this longer allocate and look up; they do not build kernels.
@@ -40,8 +39,6 @@ _BUILDING_US = 5_000.0
 _LATE_HOST = 0.1
 #: Thread blocks per multiprocessor that kernels for one query reckon with when they split keys.
 _BLOCKS_PER_PROCESSOR = 2
-#: Largest log error that one left-out sample counts for.
-_WORST_MISS = 1.5
 
 
 #: Fewest samples of a group that its models are bent by; one of fewer learns from its siblings.
@@ -59,9 +56,9 @@ def _columns(*names: str) -> FloatArray:
     return np.array([1.0 if name in names else 0.0 for name in FEATURES])
 
 
-#: What a kernel may walk: the padded tensors, the real tokens, or one group after the other.
-_WALKS = (
-    _columns(
+#: The features of each walk: few samples would not tell them apart.
+_WALKS: dict[Walk, FloatArray] = {
+    "padded": _columns(
         "call",
         "blocks",
         "block_keys",
@@ -74,7 +71,7 @@ _WALKS = (
         "repeated_keys",
         "width",
     ),
-    _columns(
+    "sequences": _columns(
         "call",
         "blocks",
         "block_keys",
@@ -88,7 +85,7 @@ _WALKS = (
         "concatenated_keys",
         "longest",
     ),
-    _columns(
+    "groups": _columns(
         "call",
         "blocks",
         "block_keys",
@@ -101,7 +98,7 @@ _WALKS = (
         "walked",
         "group_tokens",
     ),
-)
+}
 #: The work that nobody can avoid, per mode: attended pairs, or for one query the keys to read.
 _NEEDED: dict[Mode, str] = {"forward": "real_tiles", "train": "real_tiles", "decode": "real_keys"}
 #: What it is called by what is walked.
@@ -137,8 +134,6 @@ _ALLOCATED = _columns(
 _KIN = frozenset({"flash_attention_2", "torch_varlen"})
 #: Coefficients that grow with head_dim.
 _SCALES = 1.0 - _columns(*FIXED)
-#: What all kernels may walk alike is left out where that is found out: few samples tell little.
-_TELLING = 1.0 - _columns("blocks")
 
 
 _Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]
@@ -158,7 +153,7 @@ def fit_costs(
     rows: dict[tuple[str, Regime], list[_Row]] = defaultdict(list)
     known: dict[Workload, _Known] = {}
     for sample in samples:
-        if sample.status != "ok" or sample.device_us <= 0:
+        if sample.status != "ok" or sample.device_us <= 0 or sample.backend not in NAMED:
             continue
         if sample.workload not in known:
             plan, call = sample.workload.plan(device), sample.workload.call(device)
@@ -189,19 +184,9 @@ def fit_costs(
         group.kin = [other for other in groups if other is not group and group.is_kin_of(other)]
         if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:
             group.siblings = [other for other in groups if group.is_sibling_of(other)]
-    # What a backend walks in a layout it walks in every mode, and few samples of one decide little.
-    misses: dict[tuple[str, Layout], FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
-    everywhere: dict[str, FloatArray] = defaultdict(lambda: np.zeros(len(_WALKS)))
-    for group in groups:
-        missed = group.misses()
-        misses[group.backend, group.regime.layout] += missed
-        everywhere[group.backend] += missed
     costs: list[Cost] = []
     for group in groups:
-        missed = misses[group.backend, group.regime.layout]
-        if not missed.any():
-            missed = everywhere[group.backend]
-        costs += group.costs(_WALKS[int(missed.argmin())], slots, host=device.type != "cpu")
+        costs += group.costs(slots, host=device.type != "cpu")
     return costs
 
 
@@ -272,25 +257,9 @@ class _Group:
         least[place] = _CREDIBLE_RATE * min(self.best_rate, own)
         return least
 
-    def misses(self) -> FloatArray:
-        """Per entry of ``_WALKS``, the sum of the log errors at left-out samples."""
-        folds = np.arange(len(self.samples)) % _FOLDS
-        missed = np.zeros(len(_WALKS))
-        if len(self.samples) < FEWEST:
-            return missed
-        for place, columns in enumerate(_WALKS):
-            amounts = self.amounts * columns * _TELLING
-            for fold in range(min(_FOLDS, len(self.samples))):
-                rest, out = folds != fold, folds == fold
-                fitted = relative_fit(
-                    amounts[rest], self.device_us[rest], least=self._least(columns), rounds=2
-                )
-                errors = log_errors(amounts[out] @ fitted, self.device_us[out])
-                missed[place] += float(np.minimum(errors, _WORST_MISS).sum())
-        return missed
-
-    def costs(self, columns: FloatArray, slots: int, host: bool) -> list[Cost]:
-        """The models, of the features that ``columns`` has ones for."""
+    def costs(self, slots: int, host: bool) -> list[Cost]:
+        """The models, one per regime."""
+        columns = _WALKS[NAMED[self.backend].walks]
         alike = [self, *self.siblings]
         if sum(len(group.samples) for group in alike) < FEWEST:
             return []

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -75,6 +75,11 @@ def end_quarantine() -> None:
     _quarantine.clear()
 
 
+#: What a kernel goes through: the padded tensors, the real tokens of all sequences at once, or one
+#: group of sequences that lie alike after the other.
+Walk = Literal["padded", "sequences", "groups"]
+
+
 class Backend(ABC):
     """One way to compute attention.
 
@@ -83,6 +88,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     support: ClassVar[Support]
+    #: What its time grows with, see :data:`Walk`.
+    walks: ClassVar[Walk]
     #: Considered only when every other backend refuses.
     last_resort: ClassVar[bool] = False
     #: Never quarantined: where it fails, nothing else is left to run.

@@ -19,6 +19,7 @@ class EagerBackend(Backend):
     """
 
     name = "eager"
+    walks = "padded"
     support = Support(mixed_head_dims=True)
     last_resort = True
     indispensable = True

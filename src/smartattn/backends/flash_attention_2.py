@@ -91,6 +91,7 @@ class FlashAttention2Backend(Backend):
     """
 
     name = "flash_attention_2"
+    walks = "sequences"
     support = Support(
         devices=frozenset({"cuda"}),
         dtypes=HALF_PRECISION,

@@ -85,6 +85,7 @@ class FlashAttention3Backend(Backend):
     """
 
     name = "flash_attention_3"
+    walks = "sequences"
     support = Support(
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),

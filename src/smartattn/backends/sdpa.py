@@ -20,6 +20,7 @@ class SdpaBackend(Backend):
     """
 
     name = "sdpa"
+    walks = "padded"
     indispensable = True
     support = Support(
         mixed_head_dims=True,

@@ -26,6 +26,7 @@ class SdpaUnpaddedBackend(Backend):
     """
 
     name = "sdpa_unpadded"
+    walks = "groups"
     support = Support(mixed_head_dims=True, features=frozenset({"dropout"}))
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:

@@ -109,6 +109,7 @@ class TorchVarlenBackend(Backend):
     """
 
     name = "torch_varlen"
+    walks = "sequences"
     support = Support(
         devices=frozenset({"cuda"}),
         dtypes=HALF_PRECISION,
