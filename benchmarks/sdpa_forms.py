@@ -220,9 +220,16 @@ def row(result: Result) -> tuple[str, ...]:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, one row per call."""
+    """Markdown, one row per call; forms that no call has are left out."""
     header = ("microseconds", *FORMS, "best", "smart / best")
-    text = common.markdown(header, map(row, results))
+    rows = [header, *map(row, results)]
+    kept = [
+        place
+        for place, name in enumerate(header)
+        if name not in FORMS or any(name in result.us for result in results)
+    ]
+    header, *cells = (tuple(one[place] for place in kept) for one in rows)
+    text = common.markdown(header, cells)
     if results:
         ratios = [result.us["smart"] / min(result.us.values()) for result in results]
         text += f"\n\nsmart / best: geometric mean {mean_of(ratios):.3f}, worst {max(ratios):.2f}."

@@ -425,9 +425,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a packed batch may go through a dense mask",
-        "choose.py",
-        "if plan.is_packed and (lean :=",
-        "if not plan.is_packed and (lean :=",
+        "backends/base.py",
+        "if plan.is_packed and self.uses_dense_mask(plan, call):",
+        "if not plan.is_packed and self.uses_dense_mask(plan, call):",
         CHOOSE,
     ),
     Mutation(

@@ -128,6 +128,9 @@ def test_the_choice_is_the_best_of_those_that_can(world: Any) -> None:
     if len(candidates) == 1:
         assert "the only one" in decision.reason
         assert ("of those allowed" in decision.reason) == (allowed is not None)
+        able = [b for b in backends if not b.given and (allowed is None or b.name in allowed)]
+        aside = sum(not b.last_resort for b in able) > 1
+        assert ("and is not set aside" in decision.reason) == aside
     elif len(known) > 1:
         fast = [b.name for b in backends if known.get(b.name, 1e9) <= min(known.values()) * 1.03]
         assert chosen.name == fast[0]

@@ -146,10 +146,9 @@ def test_a_bias_of_each_head_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_causal_queries_without_a_mask_are_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDPA's own causal mask would take further heads for later queries."""
-    plan = Plan(2, 5, 5, Pattern.CAUSAL, CPU)
-    call = replace(_call(torch.float32, 8, 2, 5), kv_len=5, self_attention=True)
+    call = _call(torch.float32, 8, 2, 5)
     seen = Seen(monkeypatch)
-    SDPA.run(plan, call, *(x[:, :, :5] for x in _states(call)))
+    sdpa.attend(*_states(call), None, True, call)
     assert seen.shapes == [(2, 8, 5, HEAD_DIM)]
 
 

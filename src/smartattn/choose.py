@@ -121,7 +121,8 @@ def choose(
 
     if len(candidates) == 1:
         restricted = " of those allowed" if allowed is not None else ""
-        return decide(candidates[0], f"the only one{restricted} that can run this call")
+        kept = " and is not set aside" if len(regular) > 1 else ""
+        return decide(candidates[0], f"the only one{restricted} that can run this call{kept}")
     estimates: list[tuple[Backend, Estimate]] = []
     for backend in candidates:
         estimate = profile.estimate(backend.name, plan, call)
