@@ -258,9 +258,9 @@ def test_equal_predictions_go_to_the_first_in_order() -> None:
     profile = FakeProfile({"a": 2.0, "b": 1.0, "c": 1.0})
     assert choose(_plan(), _call(), profile, backends).backend.name == "b"
     # What is closer than predictions are exact is equal too.
-    profile = FakeProfile({"a": 1.02, "b": 1.0, "c": 0.998})
+    profile = FakeProfile({"a": 1.005, "b": 1.0, "c": 0.998})
     assert choose(_plan(), _call(), profile, backends).backend.name == "a"
-    profile = FakeProfile({"a": 1.05, "b": 1.0, "c": 0.998})
+    profile = FakeProfile({"a": 1.02, "b": 1.0, "c": 0.998})
     assert choose(_plan(), _call(), profile, backends).backend.name == "b"
 
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartattn import grid
+from smartattn.backends import NAMED
 from smartattn.cost import BEND_LIMIT, LAYERS, Cost, Predictor
-from smartattn.features import BEND_TERMS, FEATURES, features, regime_of
+from smartattn.features import BEND_TERMS, FEATURES, Kernel, features, regime_of
 from smartattn.fit import fit_costs, fit_profile
 from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions
@@ -38,9 +39,17 @@ def drawn(count: int, seed: int = 0, family: grid.Family = FAMILY) -> Iterator[W
     return islice(grid.workloads([family], limits, seed), count)
 
 
+def work(
+    workload: Workload, backend: str = "sdpa", device: torch.device = CUDA, slots: int = 0
+) -> dict[str, float]:
+    """The features of a workload by name, as a backend's kernel cuts it up."""
+    plan, call = workload.plan(device), workload.call(device)
+    kernel = Kernel.of(NAMED[backend], plan, call, slots)
+    return dict(zip(FEATURES, features(plan, call, kernel), strict=True))
+
+
 def true_us(backend: str, workload: Workload, device: torch.device = CUDA) -> float:
-    amounts = features(workload.plan(device), workload.call(device))
-    named = dict(zip(FEATURES, amounts, strict=True))
+    named = work(workload, backend, device)
     return sum(value * named[name] for name, value in TRUE[backend].items())
 
 
@@ -185,18 +194,21 @@ def test_other_work_on_the_cores_does_not_count_as_launches() -> None:
 
 
 def of_step(
-    batch: int, kv_len: int, slots: int, kv_heads: int = 4, **changes: Any
+    batch: int,
+    kv_len: int,
+    slots: int,
+    kv_heads: int = 4,
+    backend: str = "flash_attention_2",
+    **changes: Any,
 ) -> dict[str, float]:
     """The features of a decoding step."""
     step = Workload("decode", False, "none", "bfloat16", batch, 1, kv_len, 8, kv_heads, 64)
-    step = replace(step, **changes)
-    amounts = features(step.plan(CUDA), step.call(CUDA), slots)
-    return dict(zip(FEATURES, amounts, strict=True))
+    return work(replace(step, **changes), backend, slots=slots)
 
 
-def block_keys(batch: int, kv_len: int, slots: int, kv_heads: int = 4, **changes: Any) -> float:
+def block_keys(batch: int, kv_len: int, slots: int, **changes: Any) -> float:
     """10^3 keys that the busiest block of a decoding step walks."""
-    return of_step(batch, kv_len, slots, kv_heads, **changes)["block_keys"]
+    return of_step(batch, kv_len, slots, **changes)["block_keys"]
 
 
 def test_the_busiest_block_of_a_decoding_step() -> None:
@@ -210,6 +222,9 @@ def test_the_busiest_block_of_a_decoding_step() -> None:
     # No wave is shorter than its longest sequence.
     padded = {"side": "left", "padding_share": 0.8, "spread": "skewed"}
     assert block_keys(25, 1000, 100, **padded) == pytest.approx(1.0)
+    # What reads the padding reads all keys of every row.
+    assert block_keys(2, 1000, 100, **padded) < 0.06
+    assert block_keys(2, 1000, 100, backend="sdpa", **padded) == pytest.approx(0.08)
     # More heads of a group than one block takes.
     many = block_keys(25, 1000, 100, heads=71, kv_heads=1)
     assert many == pytest.approx(50 * 1000 / 100 * 1e-3)
@@ -232,9 +247,7 @@ def test_the_blocks_of_a_decoding_step_are_shared_by_the_heads_of_a_group() -> N
 
 def starting_us(workload: Workload) -> float:
     """Decoding in which starting a block takes as long as reading 400 keys."""
-    named = dict(
-        zip(FEATURES, features(workload.plan(CUDA), workload.call(CUDA), 264), strict=True)
-    )
+    named = work(workload, slots=132)
     return 5.0 + 20.0 * named["blocks"] + 0.05 * named["real_keys"] * workload.head_dim / 64
 
 
@@ -250,7 +263,7 @@ def starting(dims: tuple[int, ...], seed: int = 0, count: int = 40) -> list[Samp
 
 def test_many_short_rows_take_the_time_of_starting_their_blocks() -> None:
     costs = fit_costs(starting((64,)), CUDA, 132)
-    assert {cost.slots for cost in costs} == {264}
+    assert {cost.slots for cost in costs} == {132}
     short = Workload("decode", False, "none", "bfloat16", 200, 1, 24, 16, 16, 64)
     found = Predictor(costs).predict("sdpa", short.plan(CUDA), short.call(CUDA))
     assert found == pytest.approx(starting_us(short), rel=0.1)
@@ -303,8 +316,7 @@ def waving(processors: int, count: int = 80, seed: int = 0) -> list[Sample]:
     decode = grid.Family("decode", False, ("none",), "bfloat16", 64)
     found = []
     for index, workload in enumerate(drawn(count, seed, decode)):
-        amounts = features(workload.plan(CUDA), workload.call(CUDA), 2 * processors)
-        us = 5.0 + 30.0 * dict(zip(FEATURES, amounts, strict=True))["block_keys"]
+        us = 5.0 + 30.0 * work(workload, slots=processors)["block_keys"]
         found.append(Sample(index, workload, "sdpa", "ok", 1.0, 0.0, us, 0.01, 5))
     return found
 
@@ -312,14 +324,14 @@ def waving(processors: int, count: int = 80, seed: int = 0) -> list[Sample]:
 def test_waves_of_blocks_are_fitted_where_the_processors_are_known() -> None:
     def worst_error(predictor: Predictor) -> float:
         errors = []
-        for sample in waving(132, seed=3):
+        for sample in waving(264, seed=3):
             plan, call = sample.workload.plan(CUDA), sample.workload.call(CUDA)
             found = predictor.predict(sample.backend, plan, call)
             assert found is not None
             errors.append(abs(np.log(found / sample.device_us)))
         return float(np.quantile(errors, 0.9))
 
-    known, unknown = (fit_costs(waving(132), CUDA, number) for number in (132, None))
+    known, unknown = (fit_costs(waving(264), CUDA, number) for number in (264, None))
     assert {cost.slots for cost in known} == {264}
     assert {cost.slots for cost in unknown} == {0}
     assert worst_error(Predictor(known)) < 0.05
@@ -471,13 +483,12 @@ def test_kernels_of_gpus_cost_whole_tiles() -> None:
             replace(plain, causal=True),
             replace(plain, mode="decode", q_len=1),
         ):
-            amounts = features(workload.plan(device), workload.call(device))
-            named = dict(zip(FEATURES, amounts, strict=True))
+            named = work(workload, "torch_varlen", device)
             tiles = [named[f"{kind}_tiles"] * 1e6 / 8 for kind in ("dense", "visible", "real")]
             found[device.type, workload.mode, workload.causal] = [round(pairs) for pairs in tiles]
     assert found == {
-        ("cuda", "forward", False): [256 * 192] * 3,
-        ("cuda", "forward", True): [256 * 192, *[128 * 128 + 128 * 192] * 2],
+        ("cuda", "forward", False): [256 * 256] * 3,
+        ("cuda", "forward", True): [256 * 256, *[128 * 128 + 128 * 256] * 2],
         ("cuda", "decode", False): [130] * 3,
         ("cpu", "forward", False): [130 * 130] * 3,
         ("cpu", "forward", True): [130 * 130, *[130 * 131 // 2] * 2],
@@ -485,13 +496,50 @@ def test_kernels_of_gpus_cost_whole_tiles() -> None:
     }
 
 
+def test_each_backend_has_tiles_of_its_own() -> None:
+    plain = Workload("forward", False, "none", "bfloat16", 1, 130, 130, 4, 4, 64, 0, 0, 0.0)
+    packed = replace(plain, side="packed", kv_heads=1, sequences=1)
+
+    def pairs(workload: Workload, backend: str) -> int:
+        return round(work(workload, backend)["real_tiles"] * 1e6 / 4)
+
+    assert pairs(plain, "sdpa") == 256 * 256
+    assert pairs(replace(plain, head_dim=128), "flash_attention_2") == 256 * 192
+    assert pairs(replace(plain, head_dim=256), "flash_attention_2") == 192 * 192
+    for head_dim, causal, tiles in (
+        (64, False, 192 * 192),
+        (64, True, 192 * 256),
+        (80, True, 192 * 144),
+        (128, False, 256 * 176),
+        (128, True, 128 * 128 + 128 * 256),
+        (256, False, 256 * 160),
+    ):
+        shape = replace(plain, head_dim=head_dim, causal=causal)
+        assert pairs(shape, "flash_attention_3") == tiles, (head_dim, causal)
+    # The heads of a group share a tile: 48 queries of four, instead of 192 of one.
+    assert pairs(packed, "flash_attention_3") == 144 * 192
+    # Without sequences only where that leaves less of a tile empty.
+    assert pairs(replace(plain, kv_heads=1), "flash_attention_3") == 144 * 192
+    whole = replace(plain, kv_heads=1, causal=True, q_len=192, kv_len=192)
+    assert pairs(whole, "flash_attention_3") == 192 * 256
+
+
+def test_a_multiprocessor_runs_more_blocks_of_one_kernel_than_of_another() -> None:
+    samples = [
+        replace(sample, backend=backend)
+        for sample in waving(264)
+        for backend in ("sdpa", "flash_attention_2", "flash_attention_3")
+    ]
+    found = {cost.backend: cost.slots for cost in fit_costs(samples, CUDA, 132)}
+    assert found == {"sdpa": 132, "flash_attention_2": 264, "flash_attention_3": 132}
+
+
 def test_the_cost_of_collecting_keys_from_a_cache_is_told_apart() -> None:
     """Half of the samples lie as a cache concatenates them, and reading those takes longer."""
     samples = []
     for index, workload in enumerate(drawn(40)):
         workload = replace(workload, memory=("transposed", "concatenated")[index % 2])
-        amounts = features(workload.plan(CUDA), workload.call(CUDA))
-        named = dict(zip(FEATURES, amounts, strict=True))
+        named = work(workload, "torch_varlen")
         us = 20.0 + 2.0 * named["real_tiles"] + 3.0 * named["concatenated_keys"]
         samples.append(Sample(index, workload, "torch_varlen", "ok", 10.0, 0.0, us, 0.01, 5))
     predictor = Predictor(fit_costs(samples, CUDA))
@@ -517,7 +565,7 @@ def test_preparation_is_shared_by_the_layers_of_a_forward() -> None:
 
 def test_memory_and_error_are_modelled_where_they_were_measured() -> None:
     def memory(workload: Workload) -> int:
-        named = dict(zip(FEATURES, features(workload.plan(CUDA), workload.call(CUDA)), strict=True))
+        named = work(workload)
         return round(2e6 * named["mask_pairs"] + 1e5 * named["dense_queries"])
 
     samples = [

@@ -357,7 +357,9 @@ def test_attended_pairs_against_the_mask(batch: Batch) -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 60, 64, 65, 200, 1000])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (64, 64), (4, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(128, 64), (64, 64), (192, 144), (25, 128), (4, 2), (3, 7), (1, 1)]
+)
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 9), (64, 64), (129, 129), (300, 300), (70, 333)])
 def test_tiles_that_hold_an_attended_pair(
     lengths: tuple[int, int], rows: int, columns: int, causal: bool, window: int | None

@@ -83,18 +83,20 @@ def test_launches_decide_where_the_host_is_slower_and_kernels_where_the_device_i
     costs = [
         _cost(name, mode, host, device)
         for mode in ("forward", "decode")
-        for name, host, device in (("light", 10.0, 40.0), ("quick", 60.0, 20.0))
+        for name, host, device in (("sdpa", 10.0, 40.0), ("flash_attention_3", 60.0, 20.0))
     ]
     alone, layered = Predictor(costs), Predictor(costs, LAYER)
     decode = Plan(1, 1, 2048, Pattern.CAUSAL, CUDA, shift=2047)
     prefill = Plan(16, 2048, 2048, Pattern.CAUSAL, CUDA)
     for predictor, plan, call, faster, bottleneck in (
-        (alone, decode, _call(1, 1), "light", None),
-        (alone, prefill, _call(16, 2048), "light", None),
-        (layered, decode, _call(1, 1), "light", "host"),
-        (layered, prefill, _call(16, 2048), "quick", "device"),
+        (alone, decode, _call(1, 1), "sdpa", None),
+        (alone, prefill, _call(16, 2048), "sdpa", None),
+        (layered, decode, _call(1, 1), "sdpa", "host"),
+        (layered, prefill, _call(16, 2048), "flash_attention_3", "device"),
     ):
-        found = {name: predictor.estimate(name, plan, call) for name in ("light", "quick")}
+        found = {
+            name: predictor.estimate(name, plan, call) for name in ("sdpa", "flash_attention_3")
+        }
         assert min(found, key=lambda name: found[name].us) == faster
         assert {estimate.bottleneck for estimate in found.values()} == {bottleneck}
 

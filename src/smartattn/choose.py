@@ -20,7 +20,7 @@ Goal = Literal["latency", "memory", "accuracy"]
 
 #: Predictions closer than this share count as equal: then the order of the backends decides, which
 #: is the same on every machine and after every calibration.
-TIE = 0.03
+TIE = 0.01
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,17 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field, StringConstraints, model_validator
 
+from .backends import NAMED
 from .call import Call
 from .features import (
     BEND_TERMS,
     FEATURES,
     FIXED,
+    Kernel,
     Layout,
     Mode,
     Regime,
-    bend_terms,
-    features,
-    regime_of,
+    Seen,
 )
 from .machine import Record
 from .plan import Plan
@@ -74,8 +74,8 @@ class Cost(Record):
     #: Logarithm of what ``device_us`` is multiplied by, in the terms of :func:`bend_terms`; empty
     #: if too little was measured to tell.
     bend: tuple[Term, ...] = ()
-    #: Thread blocks that the device runs at once, for the features ``blocks`` and ``block_keys``; 0
-    #: if unknown.
+    #: Thread blocks of the backend that the device runs at once, for the features ``blocks`` and
+    #: ``block_keys``; 0 if unknown.
     slots: Annotated[int, Field(ge=0, le=10**6)] = 0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]
@@ -130,6 +130,7 @@ class _Model(NamedTuple):
     error: float | None
     build_us: float
     bend: tuple[float, ...]
+    slots: int
 
 
 class Predictor:
@@ -142,8 +143,6 @@ class Predictor:
     def __init__(self, costs: Sequence[Cost], surroundings: Surroundings | None = None) -> None:
         self._surroundings = surroundings
         self._models: dict[Any, list[_Model]] = {}
-        # They are those of one device.
-        self._slots = max((cost.slots for cost in costs), default=0)
         for cost in costs:
             model = _Model(
                 head_dim=cost.head_dim,
@@ -156,6 +155,7 @@ class Predictor:
                 error=cost.error,
                 build_us=cost.build_us,
                 bend=cost.bend,
+                slots=cost.slots,
             )
             self._models.setdefault((cost.backend, *cost.regime[:4]), []).append(model)
         for models in self._models.values():
@@ -171,8 +171,8 @@ class Predictor:
 
     def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
         """Time, memory and error of a call, None where no model covers it."""
-        seen = _seen(plan, call, self._slots)
-        regime, amounts = seen.regime, seen.amounts
+        seen = _seen(plan, call)
+        regime = seen.regime
         if regime is None:
             return None
         mode, wanted_dim = regime.mode, regime.head_dim
@@ -186,6 +186,8 @@ class Predictor:
         scale = fixed_scale = max(1.0, wanted_dim / model.head_dim)
         if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
+        kernel = Kernel.of(NAMED[backend], plan, call, model.slots)
+        amounts = seen.amounts(plan, kernel)
         host_us = _weighted(model.host, amounts)
         device_scale = scale
         if mode == "decode":
@@ -254,25 +256,12 @@ def bend_factor(bend: Sequence[float], terms: Sequence[float]) -> float:
     return min(BEND_LIMIT, max(1.0 / BEND_LIMIT, math.exp(min(10.0, exponent))))
 
 
-class _Seen(NamedTuple):
-    call: Call
-    slots: int
-    regime: Regime | None
-    amounts: tuple[float, ...] = ()
-    terms: tuple[float, ...] = ()
-
-
 #: The last call that was asked about, per plan: every backend is asked about the same one in turn.
-_LAST: WeakKeyDictionary[Plan, _Seen] = WeakKeyDictionary()
+_LAST: WeakKeyDictionary[Plan, Seen] = WeakKeyDictionary()
 
 
-def _seen(plan: Plan, call: Call, slots: int) -> _Seen:
+def _seen(plan: Plan, call: Call) -> Seen:
     seen = _LAST.get(plan)
-    if seen is None or seen.call is not call or seen.slots != slots:
-        regime = regime_of(plan, call)
-        seen = _Seen(call, slots, regime)
-        if regime is not None:
-            amounts = features(plan, call, slots)
-            seen = _Seen(call, slots, regime, amounts, bend_terms(plan, call))
-        _LAST[plan] = seen
+    if seen is None or seen.call is not call:
+        seen = _LAST[plan] = Seen.of(plan, call)
     return seen

@@ -7,11 +7,13 @@ plan and the call alone, so that fitting and predicting share them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from .backends import Backend
 from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
 from .call import Call
@@ -77,12 +79,6 @@ _SIZE_LIMIT = 2.0
 _BLOCK_HEADS, _FULL = 64, 0.8
 
 
-#: Queries and keys that the kernels of GPUs work at together: a sequence costs whole tiles, which
-#: is twice its share of the pairs or more if it is short. The sizes differ by kernel and head_dim;
-#: these are the commonest of flash-attention 2, csrc/flash_attn/src/flash_fwd_launch_template.h.
-_TILE = (128, 64)
-
-
 class Regime(NamedTuple):
     """What a kernel branches on."""
 
@@ -131,19 +127,33 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
-    """The amounts of work in a call, in the order and units of :data:`FEATURES`.
+class Kernel(NamedTuple):
+    """How a backend's kernel cuts up a call."""
 
-    Args:
-        slots: thread blocks that the device runs at once; 0 if unknown.
-    """
+    #: See :meth:`~smartattn.backends.base.Backend.tile`.
+    tile: tuple[int, int] = (1, 1)
+    #: Thread blocks of a decoding step that the device runs at once; 0 if unknown.
+    slots: int = 0
+    #: Whether it reads the padding as well.
+    padded: bool = False
+
+    @staticmethod
+    def of(backend: Backend, plan: Plan, call: Call, slots: int) -> Kernel:
+        """The kernel that a backend runs a call with."""
+        tiled = call.q_len > 1 and call.device.type != "cpu"
+        tile = backend.tile(plan, call) if tiled else (1, 1)
+        return Kernel(tile, slots, backend.walks == "padded")
+
+
+def features(plan: Plan, call: Call, kernel: Kernel = Kernel()) -> tuple[float, ...]:  # noqa: B008
+    """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
     pack_queries = packs_queries(plan, call)
     facts = _facts(plan)
     heads, kv_heads, visible = call.heads, call.kv_heads, plan.visible
     queries = call.batch * call.q_len * 1e-3
     keys = call.batch * visible * 1e-3
     real_keys = plan.real_k * 1e-3
-    tile = (1, 1) if call.q_len == 1 or call.device.type == "cpu" else _TILE
+    tile, slots = kernel.tile, kernel.slots
     lengths = np.array([call.q_len]), np.array([visible])
     dense_tiles = tiled_pairs(*lengths, False, None, *tile) * call.batch * heads * 1e-6
     visible_tiles = tiled_pairs(*lengths, plan.is_causal, None, *tile) * call.batch * heads * 1e-6
@@ -173,10 +183,35 @@ def features(plan: Plan, call: Call, slots: int = 0) -> tuple[float, ...]:
         visible * 1e-3,
         facts.walked * 1e-3,
         facts.groups * (queries * heads + 2 * keys * kv_heads),
-        _block_keys(plan, call, facts, slots) * 1e-3 if slots and call.q_len == 1 else 0.0,
+        _block_keys(plan, call, facts, kernel) * 1e-3 if slots and call.q_len == 1 else 0.0,
         _blocks(call, facts) * 1e-3 if slots and call.q_len == 1 else 0.0,
         visible_tiles if whole else real_tiles,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the costs of a call depend on, for all backends that are asked about it in turn."""
+
+    call: Call
+    #: None if nothing is known of the call's costs.
+    regime: Regime | None
+    #: See :func:`bend_terms`.
+    terms: tuple[float, ...]
+    _amounts: dict[Kernel, tuple[float, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plan: Plan, call: Call) -> Seen:
+        """Looks at a call."""
+        regime = regime_of(plan, call)
+        return Seen(call, regime, () if regime is None else bend_terms(plan, call))
+
+    def amounts(self, plan: Plan, kernel: Kernel) -> tuple[float, ...]:
+        """The :func:`features` of the call, which this does not hold together with its plan."""
+        found = self._amounts.get(kernel)
+        if found is None:
+            found = self._amounts[kernel] = features(plan, self.call, kernel)
+        return found
 
 
 class _Facts(NamedTuple):
@@ -212,7 +247,7 @@ def _blocks(call: Call, facts: _Facts) -> int:
     return facts.sequences * call.kv_heads * math.ceil(call.group_size / _BLOCK_HEADS)
 
 
-def _block_keys(plan: Plan, call: Call, facts: _Facts, slots: int) -> float:
+def _block_keys(plan: Plan, call: Call, facts: _Facts, kernel: Kernel) -> float:
     """Keys that the busiest of the blocks walks which run at once, for one query per sequence.
 
     Few blocks split the keys of a sequence until all slots are busy. Others do not, and come in
@@ -222,10 +257,12 @@ def _block_keys(plan: Plan, call: Call, facts: _Facts, slots: int) -> float:
     blocks = _blocks(call, facts)
     if not blocks:
         return 0.0
-    mean = plan.real_k / facts.sequences
+    mean, longest, slots = plan.real_k / facts.sequences, facts.longest, kernel.slots
+    if kernel.padded:
+        mean = longest = plan.visible
     if blocks < _FULL * slots:
         return blocks * mean / slots
-    return max(facts.longest, math.ceil(blocks / slots) * mean)
+    return max(longest, math.ceil(blocks / slots) * mean)
 
 
 def bend_terms(plan: Plan, call: Call) -> tuple[float, ...]:

@@ -10,21 +10,21 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from .backends import NAMED
+from .backends import NAMED, Backend
 from .backends.base import Walk
 from .cost import BEND_LIMIT, Cost
 from .features import (
     BEND_TERMS,
     FEATURES,
     FIXED,
+    Kernel,
     Mode,
     Regime,
-    bend_terms,
-    features,
-    regime_of,
+    Seen,
 )
 from .grid import FEWEST
 from .least_squares import FloatArray, outlier_weights, relative_fit
+from .plan import Plan
 from .profile import Profile, Rule, Run, default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
@@ -37,10 +37,6 @@ _PRIOR_SAMPLES = 10.0
 _BUILDING_US = 5_000.0
 #: What a host time counts that is longer than predicted: other work on the cores only ever adds.
 _LATE_HOST = 0.1
-#: Thread blocks per multiprocessor that kernels for one query reckon with when they split keys.
-_BLOCKS_PER_PROCESSOR = 2
-
-
 #: Fewest samples of a group that its models are bent by; one of fewer learns from its siblings.
 #: Those differ most in decoding: what a kernel does about padding may take many times as long as
 #: reading the keys, and then nothing is to be learned from rows without.
@@ -137,7 +133,6 @@ _SCALES = 1.0 - _columns(*FIXED)
 
 
 _Row: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], Sample]
-_Known: TypeAlias = tuple[Regime, tuple[float, ...], tuple[float, ...]] | None
 
 
 def fit_costs(
@@ -149,22 +144,20 @@ def fit_costs(
         device: of the kind that was measured; it need not exist here.
         processors: its multiprocessors; None if unknown.
     """
-    slots = _BLOCKS_PER_PROCESSOR * (processors or 0)
     rows: dict[tuple[str, Regime], list[_Row]] = defaultdict(list)
-    known: dict[Workload, _Known] = {}
+    known: dict[Workload, tuple[Plan, Seen]] = {}
     for sample in samples:
         if sample.status != "ok" or sample.device_us <= 0 or sample.backend not in NAMED:
             continue
         if sample.workload not in known:
-            plan, call = sample.workload.plan(device), sample.workload.call(device)
-            regime = regime_of(plan, call)
-            known[sample.workload] = None
-            if regime is not None:
-                amounts = features(plan, call, slots)
-                known[sample.workload] = regime, amounts, bend_terms(plan, call)
-        facts = known[sample.workload]
-        if facts is not None:
-            rows[sample.backend, facts[0]].append((facts[1], facts[2], sample))
+            plan = sample.workload.plan(device)
+            known[sample.workload] = plan, Seen.of(plan, sample.workload.call(device))
+        plan, seen = known[sample.workload]
+        if seen.regime is not None:
+            runner = NAMED[sample.backend]
+            kernel = Kernel.of(runner, plan, seen.call, _slots(runner, processors))
+            amounts = seen.amounts(plan, kernel)
+            rows[sample.backend, seen.regime].append((amounts, seen.terms, sample))
     # Regimes that differ in head_dim, and in whether they are causal, have most in common: the
     # amounts of work speak of both. Right padding that a kernel need not know of is none to it.
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
@@ -186,8 +179,13 @@ def fit_costs(
             group.siblings = [other for other in groups if group.is_sibling_of(other)]
     costs: list[Cost] = []
     for group in groups:
+        slots = _slots(NAMED[group.backend], processors)
         costs += group.costs(slots, host=device.type != "cpu")
     return costs
+
+
+def _slots(backend: Backend, processors: int | None) -> int:
+    return backend.blocks_per_processor * (processors or 0)
 
 
 @dataclass(frozen=True)

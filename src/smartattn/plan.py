@@ -207,8 +207,8 @@ class Plan:
         """Number of (query, key) pairs in the tiles of a kernel that hold an attended pair.
 
         Each sequence is cut into tiles of ``rows`` queries and ``columns`` keys, of which the last
-        ones stick out. ``rows`` is a multiple of ``columns``. ``pack_queries`` False counts every
-        query, padding included. Needs :attr:`sequences`.
+        ones stick out. ``pack_queries`` False counts every query, padding included. Needs
+        :attr:`sequences`.
         """
         key = ("tiles", pack_queries, rows, columns)
         return self._derive(key, lambda: self._tiled_pairs(pack_queries, rows, columns))
@@ -419,39 +419,52 @@ def tiled_pairs(
 
     Where there are more queries than keys, the further ones see all keys.
     """
-    end = _whole(k, columns)
-    further = -(-q // rows)
+    width = _tiles(k, columns)
+    further = _tiles(q, rows)
     if causal:
         q = np.minimum(q, k)
-    blocks = -(-q // rows)
+    blocks = _tiles(q, rows)
     further = further - blocks
     shift = k - q if causal else np.zeros_like(k)
-    if causal:
-        # Each row of tiles sees ``rows`` keys more than the one above it; the last sees them all.
-        before = _whole(shift, columns)
-        pairs = (blocks - 1) * before + rows * (blocks - 1) * blocks // 2 + end
-    else:
-        pairs = blocks * end
+    # Row i of tiles ends at its last query's last key and begins at its first query's first one.
+    tiles = blocks * width
+    if causal or window is not None:
+        ahead = 0 if causal or window is None else window
+        tiles = _stairs(shift + ahead + rows + columns - 1, rows, columns, width, blocks)
     if window is not None:
-        # Row i of tiles does not see the first ``first`` + rows * i keys, where that is positive.
-        first = (shift - window + (1 if causal else 0)) // columns * columns
-        start = np.minimum(np.maximum(-first // rows + 1, 0), blocks)
-        pairs = pairs - _series(first + rows * start, rows, blocks - start)
-        if not causal:
-            # Nor, in a window to both sides, the last ``last`` - rows * i.
-            last = end - _whole(window, columns) - rows
-            pairs = pairs - _series(last, -rows, np.clip(-(-last // rows), 0, blocks))
-    return rows * int((pairs + further * end)[(q > 0) & (k > 0)].sum())
+        behind = window - 1 if causal else window
+        tiles = tiles - _stairs(shift - behind, rows, columns, width, blocks)
+    return rows * columns * int((tiles + further * width)[(q > 0) & (k > 0)].sum())
 
 
-def _series(first: IntArray, step: int, terms: IntArray) -> IntArray:
-    """The sum of first, first + step, ..."""
-    return terms * first + step * (terms * (terms - 1) // 2)
+def _tiles(lengths: IntArray, size: int) -> IntArray:
+    return -(-lengths // size)
 
 
-def _whole(lengths: Any, size: int) -> Any:
-    """Lengths rounded up to whole tiles."""
-    return -(-lengths // size) * size
+def _stairs(first: IntArray, step: int, size: int, highest: IntArray, terms: IntArray) -> IntArray:
+    """The sum of first // size, (first + step) // size, ..., each between 0 and ``highest``."""
+    start = np.clip(_tiles(-first, step), 0, terms)
+    high = np.clip(_tiles(highest * size - first, step), start, terms)
+    rising = _floor_sum(high - start, step, first + step * start, size)
+    total: IntArray = rising + (terms - high) * highest
+    return total
+
+
+def _floor_sum(terms: IntArray, step: int, first: IntArray, size: int) -> IntArray:
+    """The sum of first // size, (first + step) // size, ... in as many rounds as Euclid needs.
+
+    ``first`` is not negative where there are terms. What is left of a whole number of steps are
+    the points under a line, which are counted by columns or, with the axes exchanged, by rows.
+    """
+    total: IntArray = np.zeros_like(terms)
+    while True:
+        total = total + terms * (terms - 1) // 2 * (step // size) + terms * (first // size)
+        step, first = step % size, first % size
+        last = step * terms + first
+        terms = last // size
+        if not terms.any():
+            return total
+        step, size, first = size, step, last % size
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -90,6 +90,8 @@ class Backend(ABC):
     support: ClassVar[Support]
     #: What its time grows with, see :data:`Walk`.
     walks: ClassVar[Walk]
+    #: Thread blocks of a decoding step that a multiprocessor of a GPU runs at once.
+    blocks_per_processor: ClassVar[int] = 1
     #: Considered only when every other backend refuses.
     last_resort: ClassVar[bool] = False
     #: Never quarantined: where it fails, nothing else is left to run.
@@ -125,6 +127,13 @@ class Backend(ABC):
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         """Reasons beyond what :class:`Support` can say."""
         return []
+
+    def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
+        """(queries, keys) that a thread block of a GPU works at together.
+
+        A sequence costs whole tiles, which for a short one is twice its share of the pairs or more.
+        """
+        return (128, 128)
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         """This call would need a (q_len, kv_len) mask in memory."""

@@ -16,6 +16,22 @@ from ..plan import Padding, Plan
 DenseKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+#: Thread blocks of FlashAttention-2 that a multiprocessor runs at once. Source: the number that
+#: ``set_params_splitkv`` in csrc/flash_attn/flash_api.cpp reckons with.
+FLASH_2_BLOCKS = 2
+
+
+def flash_2_tile(call: Call) -> tuple[int, int]:
+    """(queries, keys) of a tile of FlashAttention-2 in a forward on an H100 or H200.
+
+    The tiles of its backward are others, which tells no more of its time. Source:
+    csrc/flash_attn/src/flash_fwd_launch_template.h of flash-attention.
+    """
+    if call.grad:
+        return (128, 64)
+    return (128, 128) if call.head_dim <= 64 else (128, 64) if call.head_dim <= 192 else (64, 64)
+
+
 class Route(enum.Enum):
     """How the kernel gets at the real tokens."""
 

@@ -15,11 +15,13 @@ from ..packing import varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
+    FLASH_2_BLOCKS,
     Facts,
     Route,
     bind_dense,
     bind_varlen,
     bind_whole,
+    flash_2_tile,
     on_rocm,
     route,
     unit_stride,
@@ -92,6 +94,7 @@ class FlashAttention2Backend(Backend):
 
     name = "flash_attention_2"
     walks = "sequences"
+    blocks_per_processor = FLASH_2_BLOCKS
     support = Support(
         devices=frozenset({"cuda"}),
         dtypes=HALF_PRECISION,
@@ -122,6 +125,9 @@ class FlashAttention2Backend(Backend):
         if call.dropout and usable and not _has_dropout(call.device):
             reasons.append("this build of flash-attn has no dropout")
         return reasons
+
+    def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
+        return flash_2_tile(call)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         if not call.grad and not call.dropout and _extension() is not None:

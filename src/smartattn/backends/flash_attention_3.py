@@ -123,18 +123,47 @@ class FlashAttention3Backend(Backend):
                 reasons.append("this build has no windows")
         return reasons
 
+    def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
+        # Source: tile_size_fwd_sm90 in hopper/tile_size.h, should_pack_gqa in hopper/heuristics.h.
+        windowed = plan.window_matters
+        masked = plan.is_causal or windowed
+        if call.head_dim <= 64:
+            rows, columns = 192, 128 if masked else 192
+        elif call.head_dim <= 96:
+            rows, columns = 192, 128 if windowed else 144
+        elif call.head_dim <= 128:
+            rows, columns = 128, 128 if masked else 176
+        else:
+            rows, columns = 128, 64 if windowed else 80
+        # The heads of a group share a tile where sequences may be of any length, or it is emptier
+        # without.
+        group = call.group_size
+        sequences = _route(plan, call, in_place=True) in (Route.IN_PLACE, Route.PACKED)
+        if sequences or _filled(call.q_len, rows) < 0.9 * _filled(call.q_len * group, rows):
+            rows = max(1, rows // group)
+        return rows, columns
+
     def bind(self, plan: Plan, call: Call) -> Runner:
-        # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
-        # survives: nothing but the end of the tensor may lie there, or it is cleared first.
-        key_bounds = plan.padding is Padding.LEFT
-        how = route(plan, call, key_bounds=key_bounds, in_place=True, used_keys=True)
+        how = _route(plan, call, in_place=True)
         if how is Route.IN_PLACE and tails.unavailable(call.device) is not None:
-            how = route(plan, call, key_bounds=key_bounds, in_place=False)
+            how = _route(plan, call, in_place=False)
         if how in (Route.DENSE, Route.KEY_BOUNDS):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)
         kernel = _varlen(plan, call, clear=how is Route.IN_PLACE)
         return bind_varlen(kernel, how, plan, call, used_keys=True)
+
+
+def _route(plan: Plan, call: Call, in_place: bool) -> Route:
+    # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
+    # survives: nothing but the end of the tensor may lie there, or it is cleared first.
+    key_bounds = plan.padding is Padding.LEFT
+    return route(plan, call, key_bounds=key_bounds, in_place=in_place, used_keys=in_place)
+
+
+def _filled(queries: int, rows: int) -> float:
+    """The share of their tiles that queries fill."""
+    return queries / (-(-queries // rows) * rows)
 
 
 def _options(plan: Plan, call: Call) -> dict[str, Any]:

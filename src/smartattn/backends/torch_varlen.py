@@ -16,11 +16,13 @@ from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
+    FLASH_2_BLOCKS,
     DenseKernel,
     Facts,
     Route,
     bind_dense,
     bind_varlen,
+    flash_2_tile,
     on_rocm,
     route,
     unit_stride,
@@ -110,6 +112,7 @@ class TorchVarlenBackend(Backend):
 
     name = "torch_varlen"
     walks = "sequences"
+    blocks_per_processor = FLASH_2_BLOCKS
     support = Support(
         devices=frozenset({"cuda"}),
         dtypes=HALF_PRECISION,
@@ -135,6 +138,9 @@ class TorchVarlenBackend(Backend):
         if call.grad and call.deterministic:
             reasons.append("its backward is not deterministic")
         return reasons
+
+    def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
+        return flash_2_tile(call)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         operator = None if call.grad else _operator()
