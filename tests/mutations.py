@@ -923,7 +923,7 @@ MUTATIONS = (
     Mutation(
         "windows hide no tiles",
         "plan.py",
-        "tiles = tiles - _stairs(shift - behind, rows, columns, width, blocks)",
+        "tiles = tiles - _stairs(shift - window + 1, rows, columns, width, stairs + 1)",
         "pass",
         PLAN,
     ),

@@ -6,6 +6,7 @@ plan and the call alone, so that fitting and predicting share them.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -147,46 +148,76 @@ class Kernel(NamedTuple):
 
 def features(plan: Plan, call: Call, kernel: Kernel = Kernel()) -> tuple[float, ...]:  # noqa: B008
     """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
+    return _cut_up(_work(plan, call), plan, call, kernel)
+
+
+class _Work(NamedTuple):
+    """What the kernels of all backends have in common."""
+
+    facts: _Facts
+    pack_queries: bool
+    #: Padding is computed: a causal kernel need not know of it, and skipping does not pay.
+    whole: bool
+    #: Amounts in the order of :data:`FEATURES`, without those that depend on the kernel.
+    amounts: tuple[float, ...]
+
+
+def _work(plan: Plan, call: Call) -> _Work:
     pack_queries = packs_queries(plan, call)
     facts = _facts(plan)
     heads, kv_heads, visible = call.heads, call.kv_heads, plan.visible
     queries = call.batch * call.q_len * 1e-3
     keys = call.batch * visible * 1e-3
     real_keys = plan.real_k * 1e-3
-    tile, slots = kernel.tile, kernel.slots
-    lengths = np.array([call.q_len]), np.array([visible])
-    dense_tiles = tiled_pairs(*lengths, False, None, *tile) * call.batch * heads * 1e-6
-    visible_tiles = tiled_pairs(*lengths, plan.is_causal, None, *tile) * call.batch * heads * 1e-6
-    real_tiles = plan.tiled_pairs(pack_queries, *tile) * heads * 1e-6
     whole = plan.is_padded and needs_no_mask(plan, call) and not skipping_pays(plan, call)
     padded = plan.is_padded and not whole
     sequenced = padded and (call.grad or not bounds_suffice(plan, call))
     concatenated = not call.token_major_keys
-    return (
-        1.0,
-        facts.groups,
-        1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
-        1.0 if sequenced else 0.0,
-        facts.sequences * heads * 1e-3,
-        dense_tiles,
-        visible_tiles,
-        real_tiles,
-        queries * visible * 1e-3,
-        queries * heads,
-        plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
-        keys * kv_heads,
-        real_keys * kv_heads,
-        real_keys * kv_heads if concatenated else 0.0,
-        keys * (heads - kv_heads),
-        real_keys * (heads - kv_heads),
-        facts.longest * 1e-3,
-        visible * 1e-3,
-        facts.walked * 1e-3,
-        facts.groups * (queries * heads + 2 * keys * kv_heads),
-        _block_keys(plan, call, facts, kernel) * 1e-3 if slots and call.q_len == 1 else 0.0,
-        _blocks(call, facts) * 1e-3 if slots and call.q_len == 1 else 0.0,
-        visible_tiles if whole else real_tiles,
-    )
+    amounts = {
+        "call": 1.0,
+        "groups": facts.groups,
+        "gathers": 1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
+        "sequenced": 1.0 if sequenced else 0.0,
+        "sequences": facts.sequences * heads * 1e-3,
+        "mask_pairs": queries * visible * 1e-3,
+        "dense_queries": queries * heads,
+        "real_queries": plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
+        "dense_keys": keys * kv_heads,
+        "real_keys": real_keys * kv_heads,
+        "concatenated_keys": real_keys * kv_heads if concatenated else 0.0,
+        "repeated_keys": keys * (heads - kv_heads),
+        "repeated_real_keys": real_keys * (heads - kv_heads),
+        "longest": facts.longest * 1e-3,
+        "width": visible * 1e-3,
+        "walked": facts.walked * 1e-3,
+        "group_tokens": facts.groups * (queries * heads + 2 * keys * kv_heads),
+    }
+    return _Work(facts, pack_queries, whole, tuple(amounts.get(name, 0.0) for name in FEATURES))
+
+
+_PLACES = {name: place for place, name in enumerate(FEATURES)}
+
+
+def _cut_up(work: _Work, plan: Plan, call: Call, kernel: Kernel) -> tuple[float, ...]:
+    """The amounts with those that depend on the kernel."""
+    amounts = list(work.amounts)
+    heads, tile = call.heads * 1e-6, kernel.tile
+    visible = _rectangle(call.q_len, plan.visible, plan.is_causal, tile) * call.batch * heads
+    real = plan.tiled_pairs(work.pack_queries, *tile) * heads
+    dense = _rectangle(call.q_len, plan.visible, False, tile) * call.batch * heads
+    amounts[_PLACES["dense_tiles"]] = dense
+    amounts[_PLACES["visible_tiles"]] = visible
+    amounts[_PLACES["real_tiles"]] = real
+    amounts[_PLACES["sequence_tiles"]] = visible if work.whole else real
+    if kernel.slots and call.q_len == 1:
+        amounts[_PLACES["block_keys"]] = _block_keys(plan, call, work.facts, kernel) * 1e-3
+        amounts[_PLACES["blocks"]] = _blocks(call, work.facts) * 1e-3
+    return tuple(amounts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rectangle(queries: int, keys: int, causal: bool, tile: tuple[int, int]) -> int:
+    return tiled_pairs(np.array([queries]), np.array([keys]), causal, None, *tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,20 +228,24 @@ class Seen:
     #: None if nothing is known of the call's costs.
     regime: Regime | None
     #: See :func:`bend_terms`.
-    terms: tuple[float, ...]
+    terms: tuple[float, ...] = ()
+    _work: _Work | None = None
     _amounts: dict[Kernel, tuple[float, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(plan: Plan, call: Call) -> Seen:
         """Looks at a call."""
         regime = regime_of(plan, call)
-        return Seen(call, regime, () if regime is None else bend_terms(plan, call))
+        if regime is None:
+            return Seen(call, None)
+        return Seen(call, regime, bend_terms(plan, call), _work(plan, call))
 
     def amounts(self, plan: Plan, kernel: Kernel) -> tuple[float, ...]:
         """The :func:`features` of the call, which this does not hold together with its plan."""
         found = self._amounts.get(kernel)
         if found is None:
-            found = self._amounts[kernel] = features(plan, self.call, kernel)
+            assert self._work is not None
+            found = self._amounts[kernel] = _cut_up(self._work, plan, self.call, kernel)
         return found
 
 

@@ -419,22 +419,21 @@ def tiled_pairs(
 
     Where there are more queries than keys, the further ones see all keys.
     """
-    width = _tiles(k, columns)
-    further = _tiles(q, rows)
-    if causal:
-        q = np.minimum(q, k)
-    blocks = _tiles(q, rows)
-    further = further - blocks
-    shift = k - q if causal else np.zeros_like(k)
-    # Row i of tiles ends at its last query's last key and begins at its first query's first one.
+    width, blocks = _tiles(k, columns), _tiles(q, rows)
     tiles = blocks * width
-    if causal or window is not None:
-        ahead = 0 if causal or window is None else window
-        tiles = _stairs(shift + ahead + rows + columns - 1, rows, columns, width, blocks)
-    if window is not None:
-        behind = window - 1 if causal else window
-        tiles = tiles - _stairs(shift - behind, rows, columns, width, blocks)
-    return rows * columns * int((tiles + further * width)[(q > 0) & (k > 0)].sum())
+    if causal:
+        # Row i of tiles ends at its last query's key, and the last row at the last key.
+        shift = np.maximum(k - q, 0)
+        stairs = np.maximum(_tiles(np.minimum(q, k), rows) - 1, 0)
+        rising = _floor_sum(stairs, rows, shift + rows + columns - 1, columns)
+        tiles = rising + (blocks - stairs) * width
+        if window is not None:
+            tiles = tiles - _stairs(shift - window + 1, rows, columns, width, stairs + 1)
+    elif window is not None:
+        ahead = np.full_like(k, window + rows + columns - 1)
+        tiles = _stairs(ahead, rows, columns, width, blocks)
+        tiles = tiles - _stairs(np.full_like(k, -window), rows, columns, width, blocks)
+    return rows * columns * int(tiles[(q > 0) & (k > 0)].sum())
 
 
 def _tiles(lengths: IntArray, size: int) -> IntArray:
