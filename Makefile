@@ -51,7 +51,7 @@ test-newest: $(TEST_READY)
 
 # What an older Transformers can break: all but the tests of code that never sees it.
 FLOOR_TESTS := $(filter-out $(addprefix tests/test_,$(addsuffix .py,\
-	backends_matrix calibrate choose cli crossover docs doctor embeddings evaluate examples explain first_use fit \
+	backends_matrix calibrate choose cli crossover docs doctor embeddings evaluate everything examples explain first_use fit \
 	fuzz health load outputs packing profile reference regret sweep_helpers wheel)),\
 	$(wildcard tests/test_*.py))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
+import importlib.util
 import json
 import math
 import statistics
@@ -155,8 +156,9 @@ def versions(device: torch.device) -> dict[str, Any]:
         found["device"] = torch.cuda.get_device_name(device)
         found["cudnn"] = torch.backends.cudnn.version()
     for distribution, module in OPTIONAL:
+        there = importlib.util.find_spec(module) is not None
         try:
-            found[distribution] = None if module in HIDDEN else metadata.version(distribution)
+            found[distribution] = metadata.version(distribution) if there else None
         except metadata.PackageNotFoundError:
             found[distribution] = None
     found["hidden"] = sorted(HIDDEN)

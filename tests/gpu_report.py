@@ -43,8 +43,11 @@ def environment() -> dict[str, Any]:
     facts["python"] = sys.version.split()[0]
     facts["smartattn"] = f"{smartattn.__version__}, source {source_digest()}"
     for package in ("torch", "transformers", "flash-attn", "fa3-fwd", "accelerate", "triton"):
+        module = {"flash-attn": "flash_attn", "fa3-fwd": "fa3_fwd_interface"}.get(package, package)
+        # What benchmarks.everything hides has a version, and cannot be imported.
+        there = importlib.util.find_spec(module) is not None
         try:
-            facts[package] = importlib.metadata.version(package)
+            facts[package] = importlib.metadata.version(package) if there else None
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts
