@@ -59,6 +59,7 @@ PARTS = (
     Part("embeddings", 65, "-m benchmarks.embeddings --json {out}/embeddings.json"),
     Part("outputs", 110, "-m benchmarks.outputs --output {out}/commands.md"),
     Part("sdpa_forms", 90, "-m benchmarks.sdpa_forms --json {out}/sdpa_forms.json"),
+    Part("skipping", 60, "-m benchmarks.skipping --json {out}/skipping.json"),
     Part("choices", 120, "-m benchmarks.choices --json {out}/choices.json"),
 )
 

@@ -22,10 +22,13 @@ from benchmarks import (
     models_page,
     padding_free,
     sdpa_forms,
+    skipping,
 )
 from benchmarks.common import Budget, Run
 
 from smartattn.backends import BACKENDS
+
+from .test_backends_matrix import stand_in_kernels  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -366,6 +369,37 @@ def test_the_forms_of_sdpa_agree_and_are_timed(
         assert ({"grouped", "folded"} <= result.us.keys()) == ("12/12" not in result.workload)
         assert {"smart", "repeated"} <= result.us.keys()
     assert all(result.workload in page.read_text() for result in results)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+def test_both_ways_past_right_padding_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page, figures = tmp_path / "skipping.md", tmp_path / "skipping.json"
+    arguments = ("--tiny", "--device", "cpu", "--rounds", 1, "--seconds", 0)
+    run_main(skipping.main, monkeypatch, *arguments, "--json", figures, "--page", page)
+    results = [skipping.Result(**row) for row in json.loads(figures.read_text())["results"]]
+    assert [r.workload for r in results] == [w.name for w in skipping.tiny_workloads()]
+    for result in results:
+        assert ("not cleared" in result.us) == ("flash_attention_3" in result.workload)
+        assert {"dense", "in place"} <= result.us.keys()
+        assert 0 < result.spared < 24
+        assert result.chosen == "dense"
+    assert all(result.workload in page.read_text() for result in results)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+def test_a_way_past_padding_with_another_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = skipping.tiny_workloads()[0]
+    bound = skipping._bound
+    ones = torch.ones(3, 24, 4, 16)
+
+    def wrong(backend: Any, plan: Any, call: Any, needed: float) -> Any:
+        return (lambda *_: ones) if needed < 0 else bound(backend, plan, call, needed)
+
+    monkeypatch.setattr(skipping, "_bound", wrong)
+    with pytest.raises(AssertionError, match="in place differs by"):
+        skipping.measure(workload, None, torch.device("cpu"), 1, 0.0, math.inf)
 
 
 def test_a_form_with_another_answer_is_no_form(monkeypatch: pytest.MonkeyPatch) -> None:
