@@ -8,8 +8,10 @@ that have not succeeded. Nothing in ``docs/`` or in the user's own data folder i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,19 +79,26 @@ def run(part: Part, folder: Path, limit: float) -> int:
             "XDG_DATA_HOME": str(out),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, *part.words.format(out=out).split()]
-        with (out / "output.txt").open("w") as log:
+        words = [word.format(out=out) for word in part.words.split()]
+        with (
+            (out / "output.txt").open("w") as log,
+            subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=os.environ | changes,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+        ):
             try:
-                return subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=os.environ | changes,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                ).returncode
+                return process.wait(limit)
             except subprocess.TimeoutExpired:
                 return 124
+            finally:
+                # What it has started goes on otherwise, on the same device.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_all(

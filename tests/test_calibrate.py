@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -347,6 +348,17 @@ def test_one_late_call_of_a_burst_is_not_what_a_launch_takes(
     host_us, device_us = timing._cuda_calls(lambda: time.sleep(next(waits)), 16, 1.0)
     assert host_us < 5_000
     assert device_us == pytest.approx(10.0)
+
+
+def test_one_late_call_counts_no_more_where_caches_are_flushed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter([(5.0, 10.0)] * 3 + [(5000.0, 30.0)] + [(5.0, 10.0)] * 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(timing, "_cuda_calls", lambda *_: next(times))
+    found = timing._cuda_burst(print, torch.device("cuda"), 8, 1.0, lambda: None)
+    assert found == (5.0, 12.5)
 
 
 def test_one_slow_round_is_not_hopeless() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def test_each_part_has_a_folder_with_its_output(tmp_path: Path) -> None:
     assert status(tmp_path) == {"quick": 0}
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    assert main([str(folder)], [Part("quick", 1.0, "-c print('{out}')")]) == 0
+    assert (folder / "quick" / "output.txt").read_text() == f"{folder / 'quick'}\n"
+
+
 def test_hidden_packages_cannot_be_imported(tmp_path: Path) -> None:
     assert main([str(tmp_path)], [HIDDEN]) == 1
     assert "colorsys" in (tmp_path / "hidden" / "output.txt").read_text()
@@ -47,6 +54,16 @@ def test_what_does_not_fit_is_left_for_the_next_run(
 def test_a_part_that_takes_far_too_long_is_ended(tmp_path: Path) -> None:
     assert main([str(tmp_path)], [ENDLESS]) == 1
     assert status(tmp_path) == {"endless": 124}
+
+
+def test_what_a_part_has_started_ends_with_it(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    started = tmp_path / "started.py"
+    started.write_text(f"import time\ntime.sleep(3)\nopen({str(late)!r}, 'w')\n")
+    starting = f"-c __import__('subprocess').Popen(['{sys.executable}','{started}'])"
+    assert main([str(tmp_path)], [Part("starting", 1.0, starting)]) == 0
+    time.sleep(4)
+    assert not late.exists()
 
 
 def test_the_next_run_repeats_what_failed_and_what_is_named(tmp_path: Path) -> None:

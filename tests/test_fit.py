@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartattn import grid
-from smartattn.backends import NAMED
+from smartattn.backends import BACKENDS, NAMED
+from smartattn.backends.base import Walk
 from smartattn.cost import BEND_LIMIT, LAYERS, Cost, Predictor
 from smartattn.features import BEND_TERMS, FEATURES, Kernel, features, regime_of
 from smartattn.fit import fit_costs, fit_profile
@@ -522,6 +523,12 @@ def test_each_backend_has_tiles_of_its_own() -> None:
     assert pairs(replace(plain, kv_heads=1), "flash_attention_3") == 144 * 192
     whole = replace(plain, kv_heads=1, causal=True, q_len=192, kv_len=192)
     assert pairs(whole, "flash_attention_3") == 192 * 256
+
+
+def test_every_backend_that_is_measured_says_what_it_walks() -> None:
+    for backend in BACKENDS:
+        if not backend.last_resort:
+            assert backend.walks in get_args(Walk), backend.name
 
 
 def test_a_multiprocessor_runs_more_blocks_of_one_kernel_than_of_another() -> None:

@@ -76,10 +76,12 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self.facts: list[dict[str, Any]] = []
         right = torch.nn.functional.scaled_dot_product_attention
 
         def spy(query: torch.Tensor, *arguments: Any, **facts: Any) -> torch.Tensor:
             self.shapes.append(tuple(query.shape))
+            self.facts.append(facts)
             return right(query, *arguments, **facts)
 
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
@@ -110,7 +112,7 @@ def test_folded_heads_match_float64(
     output = SDPA.run(plan, call, *states)
     group = heads // kv_heads
     half = dtype in (torch.float16, torch.bfloat16)
-    folded = group >= 4 or (half and q_len == 1)
+    folded = group >= 4 or (half and q_len == 1) or dtype is torch.float16
     assert seen.shapes == [
         (2, kv_heads, group * q_len, HEAD_DIM) if folded else (2, heads, q_len, HEAD_DIM)
     ]
@@ -121,14 +123,57 @@ def test_folded_heads_match_float64(
     assert error <= DEFAULT_TOLERANCES[dtype]
 
 
-def test_gradients_pass_through_folded_heads() -> None:
+def test_gradients_pass_through_folded_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     call, plan = _call(torch.float64, 8, 2, 5, grad=True), _plan(5, "left")
     states = [x.double().requires_grad_() for x in _states(call)]
     weights = torch.randn(2, 5, 8, HEAD_DIM, generator=torch.Generator().manual_seed(1)).double()
+    seen = Seen(monkeypatch)
     found = torch.autograd.grad((SDPA.run(plan, call, *states) * weights).sum(), states)
+    assert seen.shapes == [(2, 2, 20, HEAD_DIM)]
     right = torch.autograd.grad((_right(states, _seen(5, "left")) * weights).sum(), states)
     for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("shape", [(KV_LEN,), (1, KV_LEN), ("q", KV_LEN), (1, "q", KV_LEN),
+                                   (1, 1, KV_LEN), (1, 1), (8, "q", KV_LEN)])  # fmt: skip
+def test_a_callers_mask_of_fewer_dimensions_broadcasts(shape: tuple[Any, ...], q_len: int) -> None:
+    call = _call(torch.float32, 8, 2, q_len)
+    states = _states(call)
+    sizes = tuple(q_len if size == "q" else size for size in shape)
+    bias = torch.randn(sizes, generator=torch.Generator().manual_seed(3))
+    output = sdpa.attend(*states, bias, False, call)
+    query, key, value = (x.double() for x in states)
+    key, value = key.repeat_interleave(4, 1), value.repeat_interleave(4, 1)
+    scores = query @ key.transpose(-1, -2) * HEAD_DIM**-0.5 + bias.double()
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value, atol=1e-5, rtol=1e-5)
+
+
+def test_folded_heads_drop_what_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = _call(torch.float32, 8, 2, 1, dropout=0.25, features=frozenset({"dropout"}))
+    seen = Seen(monkeypatch)
+    SDPA.run(_plan(1, "none"), call, *_states(call))
+    assert seen.shapes == [(2, 2, 4, HEAD_DIM)]
+    assert seen.facts[0]["dropout_p"] == 0.25
+
+
+def test_one_query_is_folded_where_no_kernel_takes_grouped_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Repeated keys would be copies."""
+    monkeypatch.setattr(sdpa, "_folding_pays", lambda *_: False)
+    monkeypatch.setattr(sdpa, "_takes_grouped_heads", lambda *_: False)
+    for q_len, shape in ((1, (2, 2, 4, HEAD_DIM)), (2, (2, 8, 2, HEAD_DIM))):
+        call = _call(torch.float32, 8, 2, q_len)
+        states = _states(call)
+        seen = Seen(monkeypatch)
+        bias = torch.zeros(2, 1, q_len, KV_LEN)
+        output = sdpa.attend(*states, bias, False, call)
+        assert seen.shapes == [shape]
+        everything = np.ones((2, q_len, KV_LEN), dtype=bool)
+        right = _right(states, everything).transpose(1, 2)
+        torch.testing.assert_close(output.double(), right, atol=1e-5, rtol=1e-5)
 
 
 def test_a_bias_of_each_head_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,19 +200,24 @@ def test_causal_queries_without_a_mask_are_not_folded(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("dtype", "heads", "batch", "q_len", "kv_len", "threads", "pays"),
     [
-        (torch.float32, (32, 8), 1, 1, 100, 2, True),
+        (torch.float32, (32, 8), 1, 1, 128, 2, True),
+        (torch.float32, (32, 8), 1, 1, 127, 2, False),
         # A group of three saves no more than it costs, in half precision it does.
-        (torch.float32, (9, 3), 1, 1, 100, 2, False),
+        (torch.float32, (9, 3), 1, 1, 200, 2, False),
         (torch.float16, (9, 3), 1, 1, 100, 2, True),
         # Heads are what threads share.
-        (torch.float32, (32, 8), 1, 1, 100, 32, False),
-        (torch.float32, (32, 8), 8, 1, 100, 32, True),
+        (torch.float32, (32, 8), 1, 1, 200, 32, False),
+        (torch.float32, (32, 8), 8, 1, 200, 32, True),
         (torch.bfloat16, (32, 8), 1, 1, 100, 32, True),
         (torch.float16, (32, 8), 1, 1, 100, 32, False),
         (torch.float32, (32, 8), 1, 5, 1000, 2, True),
         (torch.bfloat16, (32, 8), 1, 5, 1000, 32, False),
         (torch.float32, (32, 8), 1, 5, 100, 2, False),
-        (torch.float32, (32, 8), 1, 64, 1000, 2, False),
+        (torch.float32, (32, 8), 1, 8, 1000, 2, True),
+        (torch.float32, (32, 8), 1, 9, 1000, 2, False),
+        (torch.float16, (16, 8), 1, 5, 300, 2, True),
+        (torch.float16, (16, 8), 1, 5, 200, 2, False),
+        (torch.bfloat16, (16, 8), 1, 5, 300, 2, False),
     ],
 )
 def test_where_folding_pays(
@@ -212,4 +262,7 @@ def test_where_a_gpu_takes_grouped_heads_without_a_mask(
     assert sdpa._grouped_without_mask(call)
     call = replace(call, device=torch.device("cuda"))
     assert sdpa._grouped_without_mask(call) == grouped
+    # Where it would hold many scores, whatever the dtype could do otherwise.
+    many = sdpa._grouped_without_mask(replace(call, kv_len=2**30))
+    assert many == (grouped and dtype is not torch.float32)
     assert not sdpa._grouped_without_mask(replace(call, head_dim=320, value_head_dim=320))

@@ -18,7 +18,7 @@ from smartattn.dense import local_mask
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
 from smartattn.packing import packs_queries, varlen_refusals
-from smartattn.plan import Padding, Pattern, Plan, _bounds, tiled_pairs
+from smartattn.plan import Padding, Pattern, Plan, _bounds, count_tiled_pairs
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -360,26 +360,50 @@ def test_attended_pairs_against_the_mask(batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns"), [(128, 64), (64, 64), (192, 144), (25, 128), (4, 2), (3, 7), (1, 1)]
 )
-@pytest.mark.parametrize("lengths", [(1, 1), (5, 9), (64, 64), (129, 129), (300, 300), (70, 333)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 1), (5, 9), (64, 64), (129, 129), (300, 300), (70, 333), (402, 44), (131, 130)],
+)
 def test_tiles_that_hold_an_attended_pair(
     lengths: tuple[int, int], rows: int, columns: int, causal: bool, window: int | None
 ) -> None:
     q, k = lengths
-    if window is not None and not causal and q != k:
-        pytest.skip("a window to both sides needs as many queries as keys")
-    places, keys = np.arange(k - q, k)[:, None], np.arange(k)
+    if causal and q > k:
+        pytest.skip("queries beyond the keys see all of them, which the next test is about")
+    places, keys = np.arange(q)[:, None] + (k - q if causal else 0), np.arange(k)
     seen = keys <= places if causal else np.ones((q, k), dtype=bool)
     if window is not None:
         seen = seen & (places - keys < window + (not causal)) & (keys - places <= window)
     padded = np.zeros((-(-q // rows) * rows, -(-k // columns) * columns), dtype=bool)
     padded[:q, :k] = seen
     tiles = padded.reshape(len(padded) // rows, rows, -1, columns).any(axis=(1, 3)).sum()
-    found = tiled_pairs(np.array([q, 0]), np.array([k, 7]), causal, window, rows, columns)
+    found = count_tiled_pairs(np.array([q, 0]), np.array([k, 7]), causal, window, rows, columns)
     assert found == tiles * rows * columns
 
 
 def test_queries_beyond_the_keys_see_all_of_them() -> None:
-    assert tiled_pairs(np.array([5]), np.array([3]), True, None, 1, 1) == 1 + 2 + 3 + 3 + 3
+    assert count_tiled_pairs(np.array([5]), np.array([3]), True, None, 1, 1) == 1 + 2 + 3 + 3 + 3
+
+
+def test_windows_over_other_keys_than_the_queries_hide_no_pair_twice() -> None:
+    """Such plans are asked for their pairs before anything refuses them."""
+    real = np.ones((2, 9), dtype=bool)
+    real[1, 4:] = False
+    for q_len in (3, 40):
+        plan = Plan(2, q_len, 9, Pattern.BIDIRECTIONAL, CPU, window=2, real=real)
+        seen = sum(abs(i - j) <= 2 for keys in (9, 4) for i in range(q_len) for j in range(keys))
+        assert plan.attended_pairs(True) == seen
+
+
+def test_what_is_counted_serves_other_devices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = np.ones((2, 9), dtype=bool)
+    real[1, :4] = False
+    plan = Plan(2, 9, 9, Pattern.CAUSAL, CPU, real=real)
+    counted = plan.attended_pairs(True), plan.tiled_pairs(True, 4, 2), plan.is_uniform
+    twin = plan.on(torch.device("meta"))
+    monkeypatch.setattr(Plan, "_tiled_pairs", None)
+    monkeypatch.setattr(Plan, "_uniform", None)
+    assert (twin.attended_pairs(True), twin.tiled_pairs(True, 4, 2), twin.is_uniform) == counted
 
 
 def test_what_is_not_recognised_is_a_dense_mask() -> None:

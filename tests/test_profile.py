@@ -267,6 +267,7 @@ def test_unknown_backends_of_a_good_profile_are_ignored(tmp_path: Path) -> None:
     plan = padded_plan()
     decision = choose(plan, call_for(plan), found, BACKENDS)
     assert decision.backend.name == "sdpa_unpadded"
+    assert found.predictor.predict("warp_drive", plan, call_for(plan)) is None
 
 
 # -- order ---------------------------------------------------------------------------------------

@@ -144,6 +144,9 @@ class Predictor:
         self._surroundings = surroundings
         self._models: dict[Any, list[_Model]] = {}
         for cost in costs:
+            if cost.backend not in NAMED:
+                # Of a version that has more of them: this one cannot tell what their kernels do.
+                continue
             model = _Model(
                 head_dim=cost.head_dim,
                 longest=cost.longest_kv_len * MAX_EXTRAPOLATION,

@@ -19,7 +19,7 @@ from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
 from .call import Call
 from .packing import packs_queries
-from .plan import Padding, Plan, tiled_pairs
+from .plan import Padding, Plan, count_tiled_pairs
 
 Mode = Literal["forward", "train", "decode"]
 Layout = Literal["plain", "right", "padded", "masked", "packed"]
@@ -146,7 +146,11 @@ class Kernel(NamedTuple):
         return Kernel(tile, slots, backend.walks == "padded")
 
 
-def features(plan: Plan, call: Call, kernel: Kernel = Kernel()) -> tuple[float, ...]:  # noqa: B008
+#: One that counts every pair and knows of no blocks.
+_UNCUT = Kernel()
+
+
+def features(plan: Plan, call: Call, kernel: Kernel = _UNCUT) -> tuple[float, ...]:
     """The amounts of work in a call, in the order and units of :data:`FEATURES`."""
     return _cut_up(_work(plan, call), plan, call, kernel)
 
@@ -217,7 +221,7 @@ def _cut_up(work: _Work, plan: Plan, call: Call, kernel: Kernel) -> tuple[float,
 
 @functools.lru_cache(maxsize=4096)
 def _rectangle(queries: int, keys: int, causal: bool, tile: tuple[int, int]) -> int:
-    return tiled_pairs(np.array([queries]), np.array([keys]), causal, None, *tile)
+    return count_tiled_pairs(np.array([queries]), np.array([keys]), causal, None, *tile)
 
 
 @dataclass(frozen=True, slots=True)

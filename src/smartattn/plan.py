@@ -321,7 +321,8 @@ class Plan:
             twin = object.__new__(Plan)
             twin.__dict__.update(self.__dict__)
             twin.device = device
-            twin._derived = {k: v for k, v in self._derived.items() if k[0] == "pairs"}
+            kept = ("tiles", "uniform")  # what needs no tensor
+            twin._derived = {k: v for k, v in self._derived.items() if k[0] in kept}
             twin.decisions = {}
             twin.packings = {}
             twin._given = _moved(self._given, device)
@@ -366,7 +367,7 @@ class Plan:
 
     def _tiled_pairs(self, pack_queries: bool, rows: int, columns: int) -> int:
         lengths = self._lengths(pack_queries)
-        return tiled_pairs(*lengths, self.is_causal, self.window, rows, columns)
+        return count_tiled_pairs(*lengths, self.is_causal, self.window, rows, columns)
 
     def _lengths(self, pack_queries: bool) -> tuple[IntArray, IntArray]:
         """Queries and keys of each sequence."""
@@ -412,28 +413,37 @@ def _packed_sequences(starts: BoolArray) -> Sequences:
     return Sequences(row, start, length, start, length)
 
 
-def tiled_pairs(
+def count_tiled_pairs(
     q: IntArray, k: IntArray, causal: bool, window: int | None, rows: int, columns: int
 ) -> int:
     """:meth:`Plan.tiled_pairs` of sequences whose last query stands at the last key.
 
     Where there are more queries than keys, the further ones see all keys.
     """
+    if rows == columns == 1 and window is None:
+        # Every padded forward asks for these.
+        fewer = np.minimum(q, k)
+        return int((q * k - (fewer * (fewer - 1) // 2 if causal else 0)).sum())
     width, blocks = _tiles(k, columns), _tiles(q, rows)
     tiles = blocks * width
     if causal:
         # Row i of tiles ends at its last query's key, and the last row at the last key.
         shift = np.maximum(k - q, 0)
-        stairs = np.maximum(_tiles(np.minimum(q, k), rows) - 1, 0)
-        rising = _floor_sum(stairs, rows, shift + rows + columns - 1, columns)
-        tiles = rising + (blocks - stairs) * width
+        last = np.maximum(_tiles(np.minimum(q, k), rows) - 1, 0)
+        tiles = _floor_sum(last, rows, shift + rows + columns - 1, columns)
+        tiles = tiles + (blocks - last) * width
         if window is not None:
-            tiles = tiles - _stairs(shift - window + 1, rows, columns, width, stairs + 1)
+            seen = np.minimum(last + 1, blocks)
+            tiles = tiles - _stairs(shift - window + 1, rows, columns, width, seen)
     elif window is not None:
-        ahead = np.full_like(k, window + rows + columns - 1)
-        tiles = _stairs(ahead, rows, columns, width, blocks)
+        # Queries that far behind the last key see none.
+        q = np.minimum(q, k + window)
+        blocks = _tiles(q, rows)
+        last = np.maximum(blocks - 1, 0)
+        tiles = _stairs(np.full_like(k, window + rows + columns - 1), rows, columns, width, last)
+        tiles = tiles + (blocks - last) * np.minimum(width, _tiles(q + window, columns))
         tiles = tiles - _stairs(np.full_like(k, -window), rows, columns, width, blocks)
-    return rows * columns * int(tiles[(q > 0) & (k > 0)].sum())
+    return rows * columns * int(tiles.sum())
 
 
 def _tiles(lengths: IntArray, size: int) -> IntArray:
@@ -442,8 +452,9 @@ def _tiles(lengths: IntArray, size: int) -> IntArray:
 
 def _stairs(first: IntArray, step: int, size: int, highest: IntArray, terms: IntArray) -> IntArray:
     """The sum of first // size, (first + step) // size, ..., each between 0 and ``highest``."""
-    start = np.clip(_tiles(-first, step), 0, terms)
-    high = np.clip(_tiles(highest * size - first, step), start, terms)
+    # numpy's clip takes the host several times as long.
+    start = np.minimum(np.maximum(_tiles(-first, step), 0), terms)
+    high = np.minimum(np.maximum(_tiles(highest * size - first, step), start), terms)
     rising = _floor_sum(high - start, step, first + step * start, size)
     total: IntArray = rising + (terms - high) * highest
     return total
@@ -458,7 +469,10 @@ def _floor_sum(terms: IntArray, step: int, first: IntArray, size: int) -> IntArr
     total: IntArray = np.zeros_like(terms)
     while True:
         total = total + terms * (terms - 1) // 2 * (step // size) + terms * (first // size)
-        step, first = step % size, first % size
+        step = step % size
+        if step == 0:
+            return total
+        first = first % size
         last = step * terms + first
         terms = last // size
         if not terms.any():

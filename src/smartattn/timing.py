@@ -198,12 +198,12 @@ def _cuda_burst(
         torch.cuda.synchronize(device)
         if flush is None:
             return _cuda_calls(function, calls, expected_host_us)
-        host_us = device_us = 0.0
+        times = []
         for _ in range(calls):
             flush()
-            one = _cuda_calls(function, 1, expected_host_us)
-            host_us, device_us = host_us + one[0], device_us + one[1]
-        return host_us / calls, device_us / calls
+            times.append(_cuda_calls(function, 1, expected_host_us))
+        host_us, device_us = zip(*times, strict=True)
+        return statistics.median(host_us), statistics.fmean(device_us)
 
 
 def _cuda_calls(function: Function, calls: int, expected_host_us: float) -> tuple[float, float]:

@@ -106,8 +106,10 @@ def attend(
     """One call of ``scaled_dot_product_attention`` with grouped heads where a kernel takes them.
 
     Shapes are those of :class:`~smartattn.call.Call`, the mask is (1 or batch, 1 or heads, q_len,
-    kv_len); the result is (batch, heads, q_len, value_head_dim).
+    kv_len), or broadcasts to that; the result is (batch, heads, q_len, value_head_dim).
     """
+    if mask is not None and mask.ndim < 4:
+        mask = mask[(None,) * (4 - mask.ndim)]
     grouped = False
     if call.group_size > 1:
         foldable = not causal and (mask is None or mask.shape[1] == 1)
@@ -151,12 +153,21 @@ def _folded(
     return attended.reshape(batch, heads, q_len, call.value_head_dim)
 
 
-#: Queries up to which folding saves more than it costs, and keys from which it does for several.
-_FEW_QUERIES, _MANY_KEYS = 8, 256
-#: What share of the time is left at most, in units of the share of the tasks that are: a kernel of
-#: one query is slow in half precision. With several queries it is that of float32.
-_LEFT_OVER = {torch.bfloat16: 0.5, torch.float16: 1.67}
-_LEFT_OVER_OTHERWISE = 3.3
+#: Queries up to which folding saves more than it costs.
+_FEW_QUERIES = 8
+
+
+def _folding_costs(dtype: torch.dtype, q_len: int) -> tuple[float, int]:
+    """How many times as long a folded head takes as another, and from how many keys on.
+
+    The kernel of one query is slow in half precision, and that of several in float16.
+    """
+    if dtype is torch.bfloat16 and q_len == 1:
+        return 0.5, 0
+    times = 1.67 if dtype is torch.float16 else 3.3
+    if q_len > 1:
+        return times, 256
+    return times, 0 if dtype is torch.float16 else 128
 
 
 def _folding_pays(call: Call, batch: int, q_len: int, kv_len: int) -> bool:
@@ -167,14 +178,12 @@ def _folding_pays(call: Call, batch: int, q_len: int, kv_len: int) -> bool:
     """
     if call.device.type != "cpu" or q_len > _FEW_QUERIES:
         return False
-    left_over = _LEFT_OVER_OTHERWISE
-    if q_len == 1:
-        left_over = _LEFT_OVER.get(call.dtype, left_over)
-    elif kv_len < _MANY_KEYS:
+    times, fewest_keys = _folding_costs(call.dtype, q_len)
+    if kv_len < fewest_keys:
         return False
     threads = torch.get_num_threads()
     folded, unfolded = -(-batch * call.kv_heads // threads), -(-batch * call.heads // threads)
-    return folded * left_over <= unfolded
+    return folded * times <= unfolded
 
 
 #: Elements of one (q_len, kv_len) mask that 32-bit offsets reach.
@@ -232,18 +241,23 @@ def _grouped_without_mask(call: Call) -> bool:
 
     On GPUs none does in float32. There the math kernel is the faster one as long as the blocks of
     the memory-efficient one are fewer than the multiprocessors, since it alone cuts the keys of a
-    query into parts. Measured by ``benchmarks.sdpa_forms``.
+    query into parts. Measured by ``benchmarks.sdpa_forms``, without gradients.
     """
     if not call.head_dim == call.value_head_dim <= 256:
         return False
     if call.device.type != "cuda" or call.dtype != torch.float32:
         return True
+    scores = call.batch * call.heads * call.q_len * call.kv_len
+    if scores > _MOST_SCORES:
+        return False
     blocks = call.batch * call.heads * -(-call.q_len // _BLOCK_QUERIES)
     return blocks < (processors(call.device) or 0)
 
 
 #: Queries of one block of torch's memory-efficient kernel.
 _BLOCK_QUERIES = 64
+#: Scores that the math kernel may hold: 256 MiB of them.
+_MOST_SCORES = 2**26
 
 
 #: Where torch tells which kernel it would run.
