@@ -173,12 +173,12 @@ def main() -> int:
     def report(command: str, made: Output) -> None:
         print(f"{made.code}  {made.seconds:5.1f} s  {command}", flush=True)
         outputs[command] = made
-        beside = f", of which up to {jobs} ran at a time" if jobs > 1 else ""
+        beside = f"; commands other than `bench` ran up to {jobs} at a time" if jobs > 1 else ""
         parts = [
             f"# Commands on {identity}\n\nMade by `python -m benchmarks.outputs` on {date}: "
             + ", ".join(f"{name} {version}" for name, version in found.items())
-            + ". Times next to a command include the start of Python; those of commands other than "
-            + f"`bench`{beside} say nothing of the package. "
+            + ". Seconds next to a command include the start of Python and the loading of models, "
+            + f"and say nothing of the package{beside}. "
             + "SmolLM2 was converted from GGUF to safetensors before.\n"
         ]
         parts += [

@@ -195,8 +195,17 @@ def test_tests_that_time_was_too_short_for_are_said(
     assert report.devices[-1].cases == total
     monkeypatch.setattr(doctor, "examine", lambda: report)
     assert cli.run(["doctor"]) == 0
-    assert f"enough for 0 of {total} kinds of calls" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"enough for 0 of {total} kinds of calls" in out
+    assert "in the calls that were tried" in out
     assert whole.devices[-1].reached == total
     monkeypatch.setattr(doctor, "examine", lambda: whole)
     assert cli.run(["doctor"]) == 0
     assert "kinds of calls" not in capsys.readouterr().out
+
+
+def test_every_kind_of_call_is_tried_in_each_dtype_before_the_next() -> None:
+    found = doctor.cases("cuda")
+    assert [case.dtype for case in found[:3]] == ["bfloat16", "float32", "float16"]
+    assert len({(case.side, case.kv_len) for case in found[:3]}) == 1
+    assert len(found) == 27

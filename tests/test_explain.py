@@ -127,6 +127,8 @@ def test_rows_one_after_the_other_are_set_aside_on_a_gpu() -> None:
     assert answer.backend == "sdpa"
     (other,) = [o for o in answer.options if o.backend == "sdpa_unpadded"]
     assert other.status == "set aside"
+    # A time would look like a reason to choose it.
+    assert other.predicted_us is None
     assert other.reasons == ("rows of several lengths would run one after the other",)
 
 
@@ -414,3 +416,9 @@ def test_a_sentence_has_the_time_of_the_table() -> None:
 def test_spans_of_times() -> None:
     assert span_us([31.62, 31.58]) == "31.6 us"
     assert span_us([1200.0, 31.6]) == "31.6 us to 1.20 ms"
+
+
+def test_a_window_and_the_number_of_sequences_are_said() -> None:
+    shape = {"heads": 4, "head_dim": 64, "seq_len": 512, "causal": True, "device": "nvidia-h200"}
+    assert "window 128, 4 x 512" in str(smartattn.explain(batch=4, window=128, **shape))
+    assert "packed of 16 sequences, 1 x 512" in str(smartattn.explain(packed=16, **shape))

@@ -113,6 +113,8 @@ class Benchmark:
                     f"smart with padding_free pays here: {gain:.2f} times as fast as {name}, the "
                     f"best of the others; smart alone is {speedup:.2f} times as fast"
                 )
+        if self.doubt is not None and noise > EQUAL and abs(speedup - 1) <= noise:
+            return f"whether smart pays here cannot be told: the rounds vary by {2 * noise:.0%}"
         if speedup < 1 - noise:
             return (
                 f"smart does not pay here: it takes {1 / speedup:.2f} times as long as {name}; "
@@ -121,7 +123,7 @@ class Benchmark:
         if speedup <= 1 + noise:
             return (
                 f"smart makes no difference here: {speedup:.2f} times as fast as {name}, "
-                f"within half the spread of the rounds or {EQUAL:.0%} ({noise:.0%})"
+                f"which is within the {noise:.0%} that the rounds leave open"
             )
         return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
 

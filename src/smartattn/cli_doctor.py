@@ -45,7 +45,9 @@ def _print(report: Report, console: Console) -> None:
     for device in report.devices:
         _print_device(device, console)
     if report.healthy:
-        console.print("Every backend that can be used here gives right answers.")
+        all_tried = all(device.reached == device.cases for device in report.devices)
+        tried = "" if all_tried else " in the calls that were tried"
+        console.print(f"Every backend that can be used here gives right answers{tried}.")
     else:
         console.print("[bold red]Not every backend gives right answers, see above.[/]")
 

@@ -35,6 +35,7 @@ _PADDING = (
     "at padding positions implementations differ by design; models that use these need "
     'pad_output="sdpa"'
 )
+_AS_SDPA = "at padding positions smart is as far from eager as sdpa is"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a name on the hub.")
@@ -224,7 +225,9 @@ def _print_verification(found: Verification, console: Console) -> None:
     _print_ran(smart, console)
     output = smart.output
     if output and output.padding and output.padding.relative > found.allowed:
-        console.print(_PADDING, soft_wrap=True, highlight=False)
+        sdpa = next((one for one in found.comparisons if one.implementation == "sdpa"), None)
+        alike = sdpa is not None and sdpa.output and sdpa.output.padding == output.padding
+        console.print(_AS_SDPA if alike else _PADDING, soft_wrap=True, highlight=False)
     if found.problem is None:
         assert output is not None
         console.print(

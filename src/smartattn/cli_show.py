@@ -133,7 +133,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         "head dim",
         "padding",
         "fastest from which key length on (times faster than the next one there)",
-        title="Thresholds",
+        title="Thresholds, for 8 rows or packed sequences and 16 heads",
     )
     last = None
     for threshold in thresholds:

@@ -315,7 +315,8 @@ def _options(
         elif allowed is not None and backend.name not in allowed:
             status, reasons = "set aside", ("not among the backends that are allowed",)
         elif reason := backend.set_aside(plan, call):
-            status, reasons = "set aside", (reason,)
+            # A time would look like a reason to choose it.
+            status, reasons, estimate = "set aside", (reason,), None
         else:
             status = "unmeasured" if estimate is None else "slower"
         options.append(

@@ -426,6 +426,6 @@ def fit_profile(
         surroundings=header.surroundings,
         rules=tuple(kept),
         padding_free=fit_stack_rules(stacks, header, default_stack_rules()),
-        thresholds=tuple(thresholds(costs, device)),
+        thresholds=tuple(thresholds(costs, device, header.surroundings)),
         costs=tuple(costs),
     )

@@ -14,6 +14,7 @@ from .cost import Cost, Predictor
 from .features import Layout, Regime
 from .plan import Plan
 from .profile import Threshold, Winner
+from .surroundings import Surroundings
 from .workload import Side, Workload
 
 #: The key lengths and padding shares at which thresholds are looked for.
@@ -23,9 +24,15 @@ THRESHOLD_LENGTHS = tuple(
 THRESHOLD_SHARES = (0.1, 0.3, 0.5, 0.75)
 
 
-def thresholds(costs: Sequence[Cost], device: torch.device) -> list[Threshold]:
-    """Who wins from which key length on, for a usual shape of each regime with several backends."""
-    predictor = Predictor(costs)
+def thresholds(
+    costs: Sequence[Cost], device: torch.device, surroundings: Surroundings | None = None
+) -> list[Threshold]:
+    """Who wins from which key length on, for a usual shape of each regime with several backends.
+
+    Args:
+        surroundings: the rest of the layers that calls are in; None for calls on their own.
+    """
+    predictor = Predictor(costs, surroundings)
     backends: dict[Regime, list[Cost]] = defaultdict(list)
     for cost in costs:
         backends[cost.regime].append(cost)

@@ -70,6 +70,10 @@ class Workload:
         padding = "" if self.side == "none" else f", {self.side}"
         if self.padding_share:
             padding += f" padding {self.padding_share:.0%}"
+        if self.sequences:
+            padding += f" of {self.sequences} sequences"
+        if self.window:
+            padding += f", window {self.window}"
         return (
             f"{self.mode}{pattern}{padding}, {self.batch} x {self.kv_len}, "
             f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, {self.dtype}"
