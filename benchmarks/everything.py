@@ -61,6 +61,8 @@ PARTS = (
     Part("embeddings", 65, "-m benchmarks.embeddings --json {out}/embeddings.json"),
     Part("outputs", 110, "-m benchmarks.outputs --output {out}/commands.md"),
     Part("sdpa_forms", 90, "-m benchmarks.sdpa_forms --json {out}/sdpa_forms.json"),
+    Part("decode", 100, "-m benchmarks.decode --json {out}/decode.json"),
+    Part("decode_parts", 40, "-m benchmarks.decode --parts --json {out}/decode_parts.json"),
     Part("skipping", 60, "-m benchmarks.skipping --json {out}/skipping.json"),
     Part("choices", 120, "-m benchmarks.choices --json {out}/choices.json"),
 )

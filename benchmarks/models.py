@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ WARM_UP = 0.3
 FEWEST_WARM_UPS = 2
 #: Milliseconds from which one call warms up enough.
 LONG = 1000.0
+#: Seconds in which smart may build kernels for what comes back, see ``smartattn.first_use``.
+SETTLING = 2.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Result:
     peak_mib: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     chosen: str = ""
+    #: Backends whose kernels were not built when the rounds began, although they are faster.
+    waiting_for: str = ""
 
     def over(self, name: str) -> float | None:
         """Time of another implementation divided by that of smart."""
@@ -311,7 +315,7 @@ def measure(
         if peak is not None:
             result.peak_mib[name] = peak
         if name == "smart":
-            result.chosen = ", ".join(sorted({row.backend for row in trace.rows}))
+            result.chosen = _names(row.backend for row in trace.rows)
         # On the host: a reference on the device would count as memory of the others.
         values = (output if real is None else output[real]).cpu()
         del output
@@ -322,6 +326,8 @@ def measure(
         del values
         if workload.task != "stream":
             _warm_up(run, device, again_ms)
+            if name == "smart":
+                result.chosen, result.waiting_for = _settle(run, device, again_ms)
     del reference
     end = min(end, time.perf_counter() + seconds)
     order, shuffle = list(times), random.Random(0)
@@ -368,6 +374,25 @@ def _warm_up(run: Callable[[int], Any], device: torch.device, ms: float) -> None
         number_ += 1
 
 
+def _settle(run: Callable[[int], Any], device: torch.device, ms: float) -> tuple[str, str]:
+    """Runs until no kernels are left to be built, or time is over.
+
+    Returns:
+        The backends that run now, and those that still wait.
+    """
+    end = time.perf_counter() + SETTLING
+    while True:
+        with smartattn.trace() as trace:
+            timed(lambda: run(0), device)
+        waiting = _names(row.waiting_for for row in trace.rows)
+        if not waiting or ms >= LONG or time.perf_counter() > end:
+            return _names(row.backend for row in trace.rows), waiting
+
+
+def _names(backends: Iterable[str | None]) -> str:
+    return ", ".join(sorted({name for name in backends if name}))
+
+
 def ratio(result: Result) -> float | None:
     """Time of smart divided by that of the better of the two others."""
     return 1.0 / result.speedup if result.speedup else None
@@ -376,12 +401,15 @@ def ratio(result: Result) -> float | None:
 def row(result: Result) -> tuple[str, ...]:
     """The cells of a workload in :func:`table`."""
     times = (number(result.median_ms.get(name), ".2f") for name in IMPLEMENTATIONS)
-    return (result.workload, *times, number(ratio(result), ".3f"), result.chosen)
+    chosen = result.chosen
+    if result.waiting_for:
+        chosen += f", waiting for {result.waiting_for}"
+    return (result.workload, *times, number(ratio(result), ".3f"), chosen)
 
 
 def table(results: list[Result]) -> str:
     """Markdown, one row per workload."""
-    header = ("workload", "sdpa ms", "FA2 ms", "smart ms", "smart / better", "first chosen")
+    header = ("workload", "sdpa ms", "FA2 ms", "smart ms", "smart / better", "chosen")
     text = common.markdown(header, map(row, results))
     shares = [share for result in results if (share := ratio(result)) is not None]
     if shares:

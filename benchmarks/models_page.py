@@ -189,8 +189,9 @@ Milliseconds per forward, generation or training step: the median of interleaved
 which every implementation runs once, with the device synchronised before and after. Models have
 the shapes of real ones and random weights, in bfloat16 on a GPU. "smart / better" is the time of
 `smart` divided by that of the better of `sdpa` and `flash_attention_2`: below 1, `smart` is faster.
-"first chosen" are the backends of the first call; one that builds kernels for each shape may take
-over in later ones, once that pays, and the times are those after it.
+"chosen" are the backends that ran when the rounds began. One that builds kernels for each shape
+takes over from them once that pays; where two seconds of warming up did not bring it about, it says
+for which one it was still waiting.
 Compare ratios within one run, not times between runs. A workload is named by its model, its task,
 sequences x padded length, the share of padding and its side. Every round of "stream" brings batches
 that no round before had, as traffic does, so that what is built per shape is built again;
@@ -245,7 +246,7 @@ def page(runs: Sequence[Run], plot_file: Path | None = None) -> list[str]:
         if above:
             above.sort(key=lambda cells: cells[1], reverse=True)
             parts += [f"Above {_WORST}, {run.label}:"]
-            parts += [markdown(("workload", "smart / better", "first chosen"), above)]
+            parts += [markdown(("workload", "smart / better", "chosen"), above)]
     parts += [
         "## First call",
         "Milliseconds of the first call in the process, which builds and loads what later ones\n"

@@ -56,6 +56,7 @@ FUZZ = ("tests/test_fuzz.py", "-m", "not slow")
 REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
 STACKS = ("tests/test_stack_fit.py", "-x", "-k", "not real_calibration")
 FIT = ("tests/test_fit.py", "-x")
+SPLITTING = ("tests/test_splitting.py", "-x")
 PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
@@ -761,17 +762,59 @@ MUTATIONS = (
     ),
     Mutation(
         "decoding: a wave that is not full is shorter",
-        "features.py",
-        "math.ceil(blocks / slots) * mean",
-        "blocks / slots * mean",
-        FIT,
+        "backends/splitting.py",
+        "share = 0.0 if not rest else last if 2 * rest <= slots else 1.0",
+        "share = rest / slots",
+        SPLITTING,
     ),
     Mutation(
-        "decoding: blocks split keys until no slot is empty",
-        "features.py",
-        "if blocks < _FULL * slots:",
-        "if blocks < slots:",
-        FIT,
+        "decoding: blocks cut keys until no place is empty",
+        "backends/splitting.py",
+        "    if step.blocks < _FULL * slots:",
+        "    if step.blocks < slots:",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: parts are of the cache where sequences are shorter",
+        "backends/splitting.py",
+        "busy = (-(-lengths[:, None] // part)).sum(0)",
+        "busy = (-(-np.full_like(lengths, visible)[:, None] // part)).sum(0)",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: windows are cut as if all keys were seen",
+        "backends/splitting.py",
+        "return step.visible >= _FEWEST_KEYS and not step.windowed and step.blocks > 0",
+        "return step.visible >= _FEWEST_KEYS and step.blocks > 0",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: unpadded steps let the kernel choose its parts",
+        "backends/flash_attention_2.py",
+        "if how is Route.KEY_BOUNDS or (how is Route.DENSE and parts and not plan.is_padded):",
+        "if how is Route.KEY_BOUNDS:",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: the kernel is not told its parts",
+        "backends/flash_attention_2.py",
+        "                True,\n                parts,",
+        "                True,\n                0,",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: several queries are cut as one",
+        "backends/flash_attention_2.py",
+        "if call.q_len > 1 or plan.sequences is None or not count:",
+        "if plan.sequences is None or not count:",
+        SPLITTING,
+    ),
+    Mutation(
+        "decoding: cuDNN cuts at two blocks per processor",
+        "backends/splitting.py",
+        "2 * parts * step.blocks < room and",
+        "2 * parts * step.blocks <= room and",
+        SPLITTING,
     ),
     Mutation(
         "features of another kernel are used",
@@ -915,10 +958,10 @@ MUTATIONS = (
     ),
     Mutation(
         "the padding that a kernel reads costs nothing in decoding",
-        "features.py",
-        "    if kernel.padded:\n        mean = longest = plan.visible\n",
-        "",
-        ("tests/test_fit.py", "-k", "busiest"),
+        "backends/splitting.py",
+        "return step.visible / parts *",
+        "return step.longest / parts *",
+        SPLITTING,
     ),
     Mutation(
         "windows hide no tiles",

@@ -214,8 +214,8 @@ def bounded_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
     *,
     scale: float | None,
     window: tuple[int, int] = (-1, -1),
@@ -223,11 +223,16 @@ def bounded_attention(
 ) -> torch.Tensor:
     """What a kernel for caches computes: each row sees its keys ``start[i] : end[i]`` alone.
 
+    All of them without bounds.
+
     Args:
         q: (batch, q_len, heads, head_dim).
         k, v: (batch, kv_len, kv_heads, head_dim or value_head_dim).
         start, end: (batch,) int32; the last query stands at the key before ``end``.
     """
+    if start is None or end is None:
+        assert start is end
+        return dense_attention(q, k, v, scale=scale, window=window, softcap=softcap)
     assert start.dtype == end.dtype == torch.int32
     assert bool(((start >= 0) & (start <= end) & (end <= k.shape[1])).all())
     bounds = zip(start.tolist(), end.tolist(), strict=True)

@@ -141,8 +141,9 @@ def _varlen_fwd(
 
 def _flash_attn_with_kvcache(
     q: Any, k: Any, v: Any, *, cache_seqlens: Any, cache_leftpad: Any, softmax_scale: Any,
-    causal: bool, window_size: Any, softcap: float,
+    causal: bool, window_size: Any, softcap: float, num_splits: int,
 ) -> torch.Tensor:  # fmt: skip
+    assert num_splits >= 0
     window = (window_size[0], 0 if causal else window_size[1])
     return bounded_attention(
         q, k, v, cache_leftpad, cache_seqlens, scale=softmax_scale, window=window, softcap=softcap
@@ -155,6 +156,7 @@ def _fwd_kvcache(
     left: int, right: int, softcap: float, interleaved: bool, splits: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     _check_flash_arguments(q, k, v)
+    assert splits >= 0
     window = (left, 0 if causal else right)
     return [bounded_attention(q, k, v, start, end, scale=scale, window=window, softcap=softcap)]
 

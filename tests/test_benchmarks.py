@@ -18,6 +18,7 @@ from benchmarks import (
     calls,
     choices,
     common,
+    decode,
     models,
     models_page,
     padding_free,
@@ -407,3 +408,51 @@ def test_a_form_with_another_answer_is_no_form(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sdpa_forms, "repeated", lambda x, n: x.repeat(1, n, 1, 1))
     with pytest.raises(AssertionError, match="differs by"):
         sdpa_forms.measure(workload, None, torch.device("cpu"), 1, 0.0, math.inf)
+
+
+# -- first uses ------------------------------------------------------------------------------------
+
+
+def test_models_are_timed_once_nothing_is_left_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = ["sdpa", "sdpa", None]
+
+    class Trace:
+        def __enter__(self) -> Trace:
+            self.rows: list[Any] = []
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            left = waiting.pop(0)
+            backend = "flash_attention_2" if left else "sdpa"
+            self.rows = [mock.Mock(backend=backend, waiting_for=left)]
+
+    monkeypatch.setattr(models.smartattn, "trace", Trace)
+    assert models._settle(lambda _: None, CPU, ms=1.0) == ("sdpa", "")
+    assert not waiting
+    # Not for ever, and calls that take long on their own once.
+    waiting += ["sdpa"] * 2
+    assert models._settle(lambda _: None, CPU, ms=models.LONG) == ("flash_attention_2", "sdpa")
+    monkeypatch.setattr(models, "SETTLING", -1.0)
+    assert models._settle(lambda _: None, CPU, ms=1.0) == ("flash_attention_2", "sdpa")
+    result = models.Result("a", chosen="flash_attention_2", waiting_for="sdpa")
+    assert models.row(result)[-1] == "flash_attention_2, waiting for sdpa"
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+def test_decoding_by_blocks_and_by_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "decode.md"
+    run_main(decode.main, monkeypatch, "--tiny", "--device", "cpu", "--page", page)
+    assert "| 4 | " in page.read_text()
+    cut = decode.Result(
+        "a step", "a kind", 64, 1e9, parts={"0": 100.0, "4": 60.0, "8": 50.0}, chosen="4"
+    )
+    shown = decode.table([cut])
+    assert "| 64 | 100.0 | 60.0 | 50.0 | 4 | 8 | 0.60 | 1.20 |" in shown
+    assert shown.endswith("geometric mean 0.600, 0.60 to 0.60; chosen / best: 1.200, worst 1.20.")
+    assert {one.shape.kv_len for one in decode.part_workloads()} >= {1000, 4000, 16384}
+    assert len({one.name for one in decode.part_workloads()}) == len(decode.part_workloads())
+    assert len({one.name for one in decode.workloads()}) == len(decode.workloads())

@@ -77,6 +77,7 @@ def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     chosen, run = bound(first, decide(profile), plan(), CALL)
     assert chosen.backend is READY
     assert "build kernels" in chosen.reason
+    assert chosen.waiting_for == "built"
     assert uses(run, 4) == ["ready"] * 4
     # Later forwards go on counting.
     again = plan()
@@ -90,6 +91,7 @@ def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     assert not again.decisions
     chosen, run = bound(first, decide(profile), again, CALL)
     assert chosen.backend is BUILT
+    assert chosen.waiting_for is None
     assert uses(run, 2) == ["built"] * 2
 
 

@@ -30,8 +30,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
-from smartattn.backends import BACKENDS
+from smartattn.backends import BACKENDS, NAMED, flash_attention_2
 from smartattn.integration import smart_attention
+from smartattn.workload import Spread, Workload
 
 from . import gpu_results
 
@@ -470,6 +471,35 @@ def test_every_backend_gives_one_answer_in_a_model() -> None:
         limit = 3 * results[f"{side}, sdpa"] + 1e-3
         assert max(v for k, v in results.items() if k.startswith(side)) <= limit
     gpu_results.write("one_answer", results)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("spread", [None, "same", "uniform", "skewed"])
+def test_decoding_in_parts_equals_a_reference(spread: Spread | None, head_dim: int) -> None:
+    """Steps whose keys FlashAttention-2 is told to cut, few sequences and many, in float64."""
+    backend = NAMED["flash_attention_2"]
+    if backend.unavailable() is not None:
+        pytest.skip("needs flash-attn")
+    results = {}
+    for batch, kv_len in ((1, 5000), (7, 1030), (60, 600), (64, 2048)):
+        workload = Workload(
+            "decode", True, "left" if spread else "none", "bfloat16", batch, 1, kv_len, 16, 4,
+            head_dim, padding_share=0.5 if spread else 0.0, spread=spread or "uniform",
+            memory="concatenated",
+        )  # fmt: skip
+        plan, call = workload.plan(CUDA), workload.call(CUDA)
+        parts = flash_attention_2._parts(plan, call)
+        query, key, value, *_ = workload.tensors(CUDA)
+        output = backend.bind(plan, call)(query, key, value, {}).double()
+        mask = torch.from_numpy(workload.real_keys()).to(CUDA)[:, None, None]
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), attn_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
+        error = float((output - exact).abs().max() / exact.abs().max())
+        results[f"{batch} x {kv_len}, {parts} parts"] = error
+        assert parts > 1
+        assert error < 1e-2
+    gpu_results.write(f"decode_parts_{spread}_{head_dim}", results)
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ class Decision:
     verdicts: tuple[Verdict, ...]
     profile: Profile
     objective: Objective = LATENCY
+    #: The better one, which has to come back more often before its kernels are built.
+    waiting_for: str | None = None
 
     @property
     def predicted_us(self) -> float | None:

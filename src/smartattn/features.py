@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from .backends import Backend
 from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
+from .backends.splitting import Step, evenly
 from .call import Call
 from .packing import packs_queries
 from .plan import Padding, Plan, count_tiled_pairs
@@ -49,6 +51,8 @@ FEATURES: dict[str, str] = {
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
     "block_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
+    # Starting one and fetching what it needs takes time however few keys there are, which is most
+    # of what many short sequences cost; "sequences" counts the heads that share a block, too.
     "blocks": "one query per sequence: 10^3 thread blocks, whose heads share their keys",
     "sequence_tiles": "real_tiles, or visible_tiles of right padding that is not worth skipping",
 }
@@ -73,11 +77,6 @@ SIZES: dict[str, tuple[float, float]] = {
 BEND_TERMS = 1 + len(SIZES) + len(SIZES) * (len(SIZES) + 1) // 2
 #: Sizes beyond this many half widths count as that many.
 _SIZE_LIMIT = 2.0
-
-
-#: Heads of a group that share a thread block in decoding, and the share of the slots from which
-#: blocks fill a device without splitting keys: both are constants of the kernels' own heuristic.
-_BLOCK_HEADS, _FULL = 64, 0.8
 
 
 class Regime(NamedTuple):
@@ -135,15 +134,16 @@ class Kernel(NamedTuple):
     tile: tuple[int, int] = (1, 1)
     #: Thread blocks of a decoding step that the device runs at once; 0 if unknown.
     slots: int = 0
-    #: Whether it reads the padding as well.
-    padded: bool = False
+    #: Keys that the busiest of so many blocks walks: see
+    #: :meth:`~smartattn.backends.base.Backend.busiest`.
+    busiest: Callable[[Step, int], float] = evenly
 
     @staticmethod
     def of(backend: Backend, plan: Plan, call: Call, slots: int) -> Kernel:
         """The kernel that a backend runs a call with."""
         tiled = call.q_len > 1 and call.device.type != "cpu"
         tile = backend.tile(plan, call) if tiled else (1, 1)
-        return Kernel(tile, slots, backend.walks == "padded")
+        return Kernel(tile, slots, backend.busiest)
 
 
 #: One that counts every pair and knows of no blocks.
@@ -214,8 +214,9 @@ def _cut_up(work: _Work, plan: Plan, call: Call, kernel: Kernel) -> tuple[float,
     amounts[_PLACES["real_tiles"]] = real
     amounts[_PLACES["sequence_tiles"]] = visible if work.whole else real
     if kernel.slots and call.q_len == 1:
-        amounts[_PLACES["block_keys"]] = _block_keys(plan, call, work.facts, kernel) * 1e-3
-        amounts[_PLACES["blocks"]] = _blocks(call, work.facts) * 1e-3
+        step = Step.of(plan, call)
+        amounts[_PLACES["block_keys"]] = kernel.busiest(step, kernel.slots) * 1e-3
+        amounts[_PLACES["blocks"]] = step.blocks * 1e-3
     return tuple(amounts)
 
 
@@ -275,33 +276,6 @@ def _facts(plan: Plan) -> _Facts:
     if plan.padding in (Padding.LEFT, Padding.RIGHT):
         return _Facts(len(lengths), len(distinct), sum(distinct), longest)
     return _Facts(len(lengths), len(lengths), sum(lengths), longest)
-
-
-def _blocks(call: Call, facts: _Facts) -> int:
-    """Thread blocks for one query per sequence, before any keys are split.
-
-    Starting one and fetching what it needs takes time however few keys there are, which is most of
-    what many short sequences cost; ``sequences`` counts the heads that share a block, too.
-    """
-    return facts.sequences * call.kv_heads * math.ceil(call.group_size / _BLOCK_HEADS)
-
-
-def _block_keys(plan: Plan, call: Call, facts: _Facts, kernel: Kernel) -> float:
-    """Keys that the busiest of the blocks walks which run at once, for one query per sequence.
-
-    Few blocks split the keys of a sequence until all slots are busy. Others do not, and come in
-    waves: the last one takes as long as a full one, and none is shorter than its longest sequence.
-    Source: ``num_splits_heuristic`` in csrc/flash_attn/flash_api.cpp of flash-attention.
-    """
-    blocks = _blocks(call, facts)
-    if not blocks:
-        return 0.0
-    mean, longest, slots = plan.real_k / facts.sequences, facts.longest, kernel.slots
-    if kernel.padded:
-        mean = longest = plan.visible
-    if blocks < _FULL * slots:
-        return blocks * mean / slots
-    return max(longest, math.ceil(blocks / slots) * mean)
 
 
 def bend_terms(plan: Plan, call: Call) -> tuple[float, ...]:

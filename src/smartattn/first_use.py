@@ -66,7 +66,8 @@ class FirstUses:
             f"{decision.backend.name} would first have to build kernels for this shape "
             f"({format_us(build_us)}), which pays once it has come often enough"
         )
-        chosen = replace(decision, backend=backend, reason=reason)
+        waiting_for = decision.backend.name
+        chosen = replace(decision, backend=backend, reason=reason, waiting_for=waiting_for)
         wait = functools.partial(_Waiting, shape, loss_us, build_us, backend, plan, call)
         return chosen, lambda: wait().run
 

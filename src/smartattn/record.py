@@ -36,6 +36,8 @@ class TraceRow:
     bottleneck: str | None = None
     #: What was to be small, e.g. "latency" or "memory within 1.5 times the fastest".
     objective: str = "latency"
+    #: The backend that will run once this has come back so often that building its kernels pays.
+    waiting_for: str | None = None
     calls: int = 0
     #: Masks measured for these calls: one per forward and kind of mask. 0 where a layer came with
     #: no mask, or with one that smartattn did not make.
@@ -134,7 +136,10 @@ class Trace:
         return json.dumps(self.as_dicts(), indent=2)
 
     def __str__(self) -> str:
-        lines = [_table(self.rows)]
+        rows = self.rows
+        lines = [_table(rows)]
+        if any(row.predicted is None for row in rows):
+            lines.append(_DASH)
         for stack in self.stacks:
             how = "without padding" if stack.packed else "padded"
             forwards = f"{stack.calls} forward{'s' * (stack.calls != 1)}"
@@ -160,6 +165,7 @@ def _row(facts: dict[str, Any], call: Call, decision: Decision) -> TraceRow:
         },
         bottleneck=decision.verdict.bottleneck,
         objective=str(decision.objective),
+        waiting_for=decision.waiting_for,
     )
 
 
@@ -170,6 +176,9 @@ def brief(reason: str) -> str:
     """A reason for packing without its source or the models timed, in parentheses at its end."""
     return re.sub(r" \([^()]*\)$", "", reason)
 
+
+#: What is said below a table with a line that has no prediction.
+_DASH = 'predicted "-": nothing was measured, or there was nothing to choose'
 
 _HEADER = (
     "forwards",

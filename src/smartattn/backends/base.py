@@ -13,6 +13,8 @@ import torch
 
 from ..call import Call, Runner
 from ..plan import Plan
+from . import splitting
+from .splitting import Step
 
 HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
 
@@ -134,6 +136,13 @@ class Backend(ABC):
         A sequence costs whole tiles, which for a short one is twice its share of the pairs or more.
         """
         return (128, 128)
+
+    def busiest(self, step: Step, slots: int) -> float:
+        """Keys that the busiest of ``slots`` thread blocks walks in a decoding step on a GPU.
+
+        ``slots`` are :attr:`blocks_per_processor` of each multiprocessor.
+        """
+        return splitting.evenly(step, slots)
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         """This call would need a (q_len, kv_len) mask in memory."""

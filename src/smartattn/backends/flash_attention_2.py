@@ -11,8 +11,10 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
+from ..machine import processors
 from ..packing import varlen_refusals
 from ..plan import Plan
+from . import splitting
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
     FLASH_2_BLOCKS,
@@ -26,6 +28,7 @@ from .flash import (
     route,
     unit_stride,
 )
+from .splitting import Step
 
 #: The extension's functions and how many arguments they are known to take.
 _KNOWN_SIGNATURES = {"fwd": 13, "varlen_fwd": 21, "fwd_kvcache": 20}
@@ -129,10 +132,21 @@ class FlashAttention2Backend(Backend):
     def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
         return flash_2_tile(call)
 
+    def busiest(self, step: Step, slots: int) -> float:
+        return splitting.flash_2(step, slots)
+
     def bind(self, plan: Plan, call: Call) -> Runner:
         if not call.grad and not call.dropout and _extension() is not None:
             return _bind_thin(_extension(), plan, call)
         return _bind_public(_package()[0], plan, call)
+
+
+def _parts(plan: Plan, call: Call) -> int:
+    """``num_splits`` of a decoding step; 0 lets the kernel choose."""
+    count = processors(plan.device)
+    if call.q_len > 1 or plan.sequences is None or not count:
+        return 0
+    return splitting.flash_2_parts(Step.of(plan, call), FLASH_2_BLOCKS * count)
 
 
 def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
@@ -148,6 +162,7 @@ def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
     if how is Route.KEY_BOUNDS:
         bounds = plan.key_bounds()
         options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
+        options["num_splits"] = _parts(plan, call)
         return bind_whole(functools.partial(package.flash_attn_with_kvcache, **options))
     options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
     if how is Route.DENSE:
@@ -178,9 +193,13 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
     facts = Facts.of(plan, call)
     scale, causal, (left, right), softcap = facts.scale, facts.causal, facts.window, facts.softcap
     how = route(plan, call, key_bounds=True, in_place=True, used_keys=True)
-    if how is Route.KEY_BOUNDS:
-        fwd_kvcache, bounds = extension.fwd_kvcache, plan.key_bounds()
-        start, end = bounds.start, bounds.end
+    parts = _parts(plan, call)
+    if how is Route.KEY_BOUNDS or (how is Route.DENSE and parts and not plan.is_padded):
+        fwd_kvcache = extension.fwd_kvcache
+        start = end = None
+        if how is Route.KEY_BOUNDS:
+            bounds = plan.key_bounds()
+            start, end = bounds.start, bounds.end
 
         def bounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             output: torch.Tensor = fwd_kvcache(
@@ -203,11 +222,11 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
                 right,
                 softcap,
                 True,
-                0,
+                parts,
             )[0]
             return output
 
-        return bind_whole(bounded)
+        return bind_dense(bounded, plan, call) if how is Route.DENSE else bind_whole(bounded)
     if how is Route.DENSE:
         fwd = extension.fwd
 

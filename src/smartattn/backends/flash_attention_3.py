@@ -14,6 +14,7 @@ from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Padding, Plan
+from . import splitting
 from .base import Backend, Support
 from .flash import (
     DenseKernel,
@@ -25,6 +26,7 @@ from .flash import (
     route,
     unit_stride,
 )
+from .splitting import Step
 
 #: Modules that hold the kernels: (Python module, namespace of its operators).
 _BUILDS = (("fa3_fwd_interface", "fa3_fwd"), ("flash_attn_interface", "flash_attn_3"))
@@ -142,6 +144,9 @@ class FlashAttention3Backend(Backend):
         if sequences or _filled(call.q_len, rows) < 0.9 * _filled(call.q_len * group, rows):
             rows = max(1, rows // group)
         return rows, columns
+
+    def busiest(self, step: Step, slots: int) -> float:
+        return splitting.flash_3(step, slots)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         how = _route(plan, call, in_place=True)

@@ -10,7 +10,9 @@ import torch
 from ..call import Call, Runner
 from ..machine import processors
 from ..plan import Padding, Pattern, Plan
+from . import splitting
 from .base import Backend, Support
+from .splitting import Step
 
 
 class SdpaBackend(Backend):
@@ -29,6 +31,9 @@ class SdpaBackend(Backend):
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return not needs_no_mask(plan, call)
+
+    def busiest(self, step: Step, slots: int) -> float:
+        return splitting.cudnn(step, slots)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         unmasked = needs_no_mask(plan, call)
