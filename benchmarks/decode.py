@@ -269,6 +269,11 @@ def main() -> None:
     parser.add_argument("--grids", action="store_true", help="keep each kernel's grid of blocks")
     parser.add_argument("--parts", action="store_true", help="all numbers of parts")
     arguments = parser.parse_args()
+    measuring = not arguments.from_json
+    if measuring and arguments.grids and not arguments.device.startswith("cuda"):
+        parser.error("--grids needs a GPU")
+    if measuring and arguments.parts and NAMED["flash_attention_2"].unavailable():
+        parser.error("--parts needs flash-attn")
     whole = part_workloads() if arguments.parts else workloads()
     grid = tiny_workloads() if arguments.tiny else whole
     step = partial(measure, grids=arguments.grids, parts=arguments.parts)

@@ -5,8 +5,10 @@ Run from the repository's root: ``python -m benchmarks.outputs``; it writes
 ``examples/local_models.py`` names; SmolLM2 is read from its GGUF file once, in Python, and handed
 to the commands as safetensors.
 
-``--only`` and ``--skip`` take patterns such as ``"*explain*"``; what is left then is all that the
-file has. Commands that time nothing run beside each other, before the others.
+``smartattn.trace()`` is among the commands: a program around a model with random weights, which is
+shown with what it prints. ``--only`` and ``--skip`` take patterns such as ``"*explain*"``; what is
+left then is all that the file has. Commands that time nothing run beside each other, before the
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +38,39 @@ sys.path.append(str(ROOT / "examples"))
 from local_models import find_minilm, load_smollm2  # noqa: E402
 
 _CALL = "smartattn explain --heads 32 --kv-heads 8 --head-dim 128"
+
+#: What stands for :data:`PROGRAM` among the commands.
+TRACE = "smartattn.trace()"
+PROGRAM = """\
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import smartattn
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+config = LlamaConfig(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=1000,
+    pad_token_id=0,
+)
+model = LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+model.eval().set_attn_implementation("smart")
+lengths = torch.tensor([[512], [300], [120], [40]])
+mask = (torch.arange(512) >= 512 - lengths).long().to(device)
+batch = {"input_ids": torch.randint(1, 1000, (4, 512)).to(device) * mask, "attention_mask": mask}
+
+with torch.no_grad(), smartattn.trace() as trace:
+    model(**batch)
+    model.generate(**batch, max_new_tokens=8, min_new_tokens=8)
+    with smartattn.padding_free(model):
+        model(**batch)
+print(trace)
+"""
 
 
 class Output(NamedTuple):
@@ -57,10 +92,15 @@ def commands(cuda: bool, here: str) -> list[str]:
     padded = f"{_CALL} --batch 8 --seq-len 2048 --padding 0.4 --causal"
     return [
         "smartattn doctor",
+        "smartattn show",
+        "smartattn show --map",
+        "smartattn profiles list",
         padded,
         *([] if here == "nvidia-h200" else [f"{padded} --device nvidia-h200"]),
         f"{_CALL} --batch 32 --seq-len 4096 --padding 0.4 --decode --device nvidia-h200",
-        f"{_CALL} --seq-len 32768 --packed 16 --causal --grad --device nvidia-h200",
+        f"{_CALL} --seq-len 32768 --packed 16 --causal --grad --objective memory"
+        " --device nvidia-h200",
+        TRACE,
         f"smartattn verify $MINILM{small}",
         f"smartattn verify $MINILM{small} --per-layer",
         f"smartattn bench $MINILM{small} --padding 0.5 --seconds 5",
@@ -94,7 +134,10 @@ def run(command: str, models: Mapping[str, str]) -> Output:
         "TQDM_DISABLE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
     }
-    script = command.replace("smartattn", f"{shlex.quote(sys.executable)} -m smartattn", 1)
+    python = shlex.quote(sys.executable)
+    script = command.replace("smartattn", f"{python} -m smartattn", 1)
+    if command == TRACE:
+        script = f"{python} -c {shlex.quote(PROGRAM)}"
     start = time.perf_counter()
     done = subprocess.run(
         script,
@@ -148,7 +191,7 @@ def main() -> int:
     """Runs the commands and writes the file; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
-    pattern = {"action": "append", "default": [], "metavar": "GLOB"}
+    pattern: dict[str, Any] = {"action": "append", "default": [], "metavar": "GLOB"}
     parser.add_argument("--only", help="run what matches; may be repeated", **pattern)
     parser.add_argument("--skip", help="leave out what matches; may be repeated", **pattern)
     parser.add_argument(
@@ -176,14 +219,15 @@ def main() -> int:
         beside = f"; commands other than `bench` ran up to {jobs} at a time" if jobs > 1 else ""
         parts = [
             f"# Commands on {identity}\n\nMade by `python -m benchmarks.outputs` on {date}: "
-            + ", ".join(f"{name} {version}" for name, version in found.items())
+            + ", ".join(f"{name.replace('_', '-')} {version}" for name, version in found.items())
             + ". Seconds next to a command include the start of Python and the loading of models, "
             + f"and say nothing of the package{beside}. "
             + "SmolLM2 was converted from GGUF to safetensors before.\n"
         ]
         parts += [
             f"`{one}`, {outputs[one].seconds:.0f} s, exit code {outputs[one].code}\n\n"
-            f"```text\n{outputs[one].text}```\n"
+            + (f"```python\n{PROGRAM}```\n\n" if one == TRACE else "")
+            + f"```text\n{outputs[one].text}```\n"
             for one in chosen
             if one in outputs
         ]

@@ -784,15 +784,15 @@ MUTATIONS = (
     Mutation(
         "decoding: windows are cut as if all keys were seen",
         "backends/splitting.py",
-        "return step.visible >= _FEWEST_KEYS and not step.windowed and step.blocks > 0",
-        "return step.visible >= _FEWEST_KEYS and step.blocks > 0",
+        "return step.visible >= _FEWEST_KEYS and not step.windowed and",
+        "return step.visible >= _FEWEST_KEYS and",
         SPLITTING,
     ),
     Mutation(
         "decoding: unpadded steps let the kernel choose its parts",
         "backends/flash_attention_2.py",
-        "if how is Route.KEY_BOUNDS or (how is Route.DENSE and parts and not plan.is_padded):",
-        "if how is Route.KEY_BOUNDS:",
+        "    if how is Route.KEY_BOUNDS or parts:",
+        "    if how is Route.KEY_BOUNDS:",
         SPLITTING,
     ),
     Mutation(
@@ -805,8 +805,8 @@ MUTATIONS = (
     Mutation(
         "decoding: several queries are cut as one",
         "backends/flash_attention_2.py",
-        "if call.q_len > 1 or plan.sequences is None or not count:",
-        "if plan.sequences is None or not count:",
+        "if call.q_len > 1 or plan.sequences is None or not (",
+        "if plan.sequences is None or not (",
         SPLITTING,
     ),
     Mutation(

@@ -386,6 +386,21 @@ def test_peft_prefix_tuning() -> None:
     assert_agree(outputs["smart"], outputs["eager"], where=MASKS["left"])
 
 
+def test_keys_of_one_row_for_all_queries_go_to_sdpa() -> None:
+    """Kernels for caches take the batch of the query for that of the keys and read on."""
+    query, key, value = states(dtype=torch.float32)
+    output, _ = smart_attention(some_layer(), query, key[:1], value[:1], None)
+    wide = [x[:1].expand(query.shape[0], -1, -1, -1).contiguous() for x in (key, value)]
+    expected, _ = smart_attention(some_layer(), query, *wide, None)
+    torch.testing.assert_close(output, expected)
+    for backends in ("sdpa_unpadded", "flash_attention_2", "flash_attention_3", "torch_varlen"):
+        with (
+            pytest.raises(smartattn.UnsupportedCallError, match="broadcast batches"),
+            smartattn.use(backends=backends),
+        ):
+            smart_attention(some_layer(), query, key[:1], value[:1], None)
+
+
 def test_mixed_dtypes_fail_as_with_sdpa() -> None:
     """What Transformers' own sdpa cannot multiply is an error here too, never a silent cast."""
     mask, _ = left_padded(torch.float32)

@@ -143,7 +143,7 @@ def _flash_attn_with_kvcache(
     q: Any, k: Any, v: Any, *, cache_seqlens: Any, cache_leftpad: Any, softmax_scale: Any,
     causal: bool, window_size: Any, softcap: float, num_splits: int,
 ) -> torch.Tensor:  # fmt: skip
-    assert num_splits >= 0
+    assert num_splits == 0
     window = (window_size[0], 0 if causal else window_size[1])
     return bounded_attention(
         q, k, v, cache_leftpad, cache_seqlens, scale=softmax_scale, window=window, softcap=softcap
@@ -156,7 +156,8 @@ def _fwd_kvcache(
     left: int, right: int, softcap: float, interleaved: bool, splits: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     _check_flash_arguments(q, k, v)
-    assert splits >= 0
+    # There are no parts without a GPU.
+    assert splits == 0
     window = (left, 0 if causal else right)
     return [bounded_attention(q, k, v, start, end, scale=scale, window=window, softcap=softcap)]
 
@@ -578,6 +579,7 @@ def _declared(backend: Backend) -> Iterator[tuple[str, dict[str, Any], str]]:
         sentence = "needs one head_dim, given 64 for query, 128 for value"
         yield "value_head_dim", {"value_head_dim": 128}, sentence
     known = {"softcap", "dropout", "position_bias", "mixed dtypes", "s_aux", "indices"}
+    known.add("broadcast batches")
     for feature in sorted(known - support.features):
         yield feature, {"features": frozenset({feature})}, f"does not implement {feature}"
     if not support.backward:

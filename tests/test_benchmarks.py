@@ -456,3 +456,8 @@ def test_decoding_by_blocks_and_by_parts(
     assert {one.shape.kv_len for one in decode.part_workloads()} >= {1000, 4000, 16384}
     assert len({one.name for one in decode.part_workloads()}) == len(decode.part_workloads())
     assert len({one.name for one in decode.workloads()}) == len(decode.workloads())
+    for option in ("--parts", "--grids"):
+        with pytest.raises(SystemExit):
+            run_main(decode.main, monkeypatch, "--tiny", "--device", "cpu", option)
+    assert "needs flash-attn" in (said := capsys.readouterr().err)
+    assert "needs a GPU" in said

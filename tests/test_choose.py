@@ -460,6 +460,18 @@ def test_the_memory_is_bounded() -> None:
         assert len(chooser._known) <= 4
 
 
+def test_steps_of_one_sequence_more_are_another_kind() -> None:
+    """66 sequences may keep a device busy where 67 come in two waves."""
+    steps, forwards = set(), set()
+    for batch in (66, 67):
+        step = Plan(batch, 1, 500, Pattern.CAUSAL, CPU, shift=499)
+        steps.add(_kind(step, _call(batch=batch, q_len=1, kv_len=500)))
+        whole = Plan(batch, 500, 500, Pattern.CAUSAL, CPU)
+        forwards.add(_kind(whole, _call(batch=batch, q_len=500, kv_len=500)))
+    assert len(steps) == 2
+    assert len(forwards) == 1
+
+
 def test_how_full_a_static_cache_is_makes_another_kind() -> None:
     kinds = set()
     for visible in (100, 32_000):

@@ -114,7 +114,7 @@ def test_each_distinct_gpu_is_measured_once(
     assert [str(device) for device in cli._devices("cuda:3")] == ["cuda:3"]
     assert [str(device) for device in cli._devices("cpu")] == ["cpu"]
     assert cli.run(["calibrate", "--device", "cuda:4"]) == 2
-    assert "cuda:0 to cuda:3" in capsys.readouterr().err
+    assert "there is no 'cuda:4'; this machine has 'cuda:0' to 'cuda:3'" in capsys.readouterr().err
     assert cli.run(["calibrate", "--output", "p.json"]) == 2
     assert "--device cuda:N" in capsys.readouterr().err
 
@@ -143,7 +143,7 @@ def test_the_module_is_the_command() -> None:
         check=False,
     )
     assert found.returncode == 2
-    assert found.stderr == "smartattn: 'moon' is no device; use cpu, cuda or cuda:N\n"
+    assert found.stderr == "smartattn: 'moon' is no device; use 'cpu', 'cuda' or 'cuda:N'\n"
 
 
 def test_explain_imports_no_models() -> None:
@@ -202,6 +202,10 @@ def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert path.stem in out
     assert "default" in out
     assert "unusable" in out
+    # The folders once, so that files fit a terminal.
+    assert f"yours: {path.parent}\n" in out
+    assert f"shipped: {profile.shipped_profiles()}\n" in out
+    assert out.count(str(path.parent)) == 1
 
 
 def test_show_without_a_profile_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +355,9 @@ def test_a_profile_of_no_device_is_not_imported(capsys: pytest.CaptureFixture[st
 def test_show_draws_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = str(profile.shipped_profiles() / "nvidia-h200.json")
     assert cli.run(["show", "--profile", shipped, "--map"]) == 0
-    assert "decode, one query per sequence" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "decode, one query per sequence; batch 16, 16 heads of " in out
+    assert "as far as lengths were measured" in out
     assert cli.run(["show", "--plot", str(tmp_path / "map.png")]) == 2
     assert "nothing to draw" in capsys.readouterr().err
     pytest.importorskip("matplotlib")

@@ -240,8 +240,9 @@ def test_the_steps_of_a_generation_share_a_line() -> None:
     with torch.no_grad(), smartattn.trace() as trace:
         model.generate(**INPUTS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert len(trace.rows) == 6
-    header, prefill, steps = str(trace).splitlines()
+    header, prefill, steps, dash = str(trace).splitlines()
     assert "forwards" in header
+    assert dash.startswith('predicted "-": ')
     assert prefill.split()[0] == "1"
     assert steps.split()[0] == "5"
     assert f"{WIDTH + 1}-{WIDTH + 5}" in steps
@@ -250,6 +251,7 @@ def test_the_steps_of_a_generation_share_a_line() -> None:
 
 def test_an_empty_trace_prints_its_header() -> None:
     assert str(Trace()).startswith("forwards")
+    assert "\n" not in str(Trace()), "no dash to explain"
 
 
 def test_a_trace_keeps_no_plan_alive() -> None:

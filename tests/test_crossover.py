@@ -53,9 +53,9 @@ def test_the_map_is_what_the_profile_predicts() -> None:
     assert "heads of 64" in one.title
     assert one.lengths[-1] == 4096
     assert set(one.wins) == {"sdpa", "torch_varlen"}
-    # Nothing was measured without padding.
-    assert one.cells[0] == (None,) * len(one.lengths)
-    for share, row in zip(one.shares[1:], one.cells[1:], strict=True):
+    # Nothing was measured without padding: such a row would be empty.
+    assert one.shares == crossover.SHARES[1:]
+    for share, row in zip(one.shares, one.cells, strict=True):
         for length, cell in zip(one.lengths, row, strict=True):
             workload = Workload(
                 "forward", False, "right", "bfloat16", 16, length, length, 16, 16, 64, 0, 0, share
@@ -65,6 +65,31 @@ def test_the_map_is_what_the_profile_predicts() -> None:
             assert cell is not None
             assert times[cell.backend] == min(times.values())
             assert cell.speedup == pytest.approx(max(times.values()) / min(times.values()))
+
+
+def test_a_map_ends_at_the_longest_length_measured_of_its_kind() -> None:
+    costs = (
+        *MADE.costs,
+        cost("sdpa", {"call": 1.0}, mode="decode", longest_kv_len=700),
+        # A regime that has no cost of the usual head_dim is measured all the same.
+        cost("sdpa", {"call": 1.0}, layout="plain", head_dim=128, longest_kv_len=100),
+    )
+    made = Profile(name="made", costs=costs)
+    forward, decode = crossover.maps(made)
+    assert forward.lengths[-1] == 4096
+    assert decode.lengths[-1] == 512
+    assert forward.shares == crossover.SHARES
+    assert [cell is not None for cell in forward.cells[0]] == [True, True] + [False] * 6
+    assert decode.shares == crossover.SHARES[1:]
+
+
+def test_a_title_is_one_line_however_narrow_the_map() -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    made = Profile(name="made", costs=(cost("sdpa", {"call": 1.0}, longest_kv_len=40),))
+    (one,) = crossover.maps(made)
+    assert one.lengths == (32,)
+    crossover.show([one], console)
+    assert one.title in console.export_text().splitlines()
 
 
 def test_what_is_set_aside_wins_nothing() -> None:

@@ -209,3 +209,13 @@ def test_every_kind_of_call_is_tried_in_each_dtype_before_the_next() -> None:
     assert [case.dtype for case in found[:3]] == ["bfloat16", "float32", "float16"]
     assert len({(case.side, case.kv_len) for case in found[:3]}) == 1
     assert len(found) == 27
+
+
+def test_the_versions_of_both_flash_attentions_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = machine.Versions(flash_attn="2.8.3", fa3_fwd="0.0.3", flash_attn_3="3.0.0b1")
+    monkeypatch.setattr(doctor, "versions", lambda kind: found)
+    assert cli.run(["doctor"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "flash-attn 2.8.3, fa3-fwd 0.0.3, flash-attn-3 3.0.0b1" in first

@@ -60,8 +60,12 @@ def crossing(tmp_path: Path) -> profile.Profile:
                 "name": "crossing",
                 "device": identity.model_dump(),
                 "costs": [
-                    cost("sdpa", dense_tiles=1.0, call=10.0),
-                    cost("sdpa_unpadded", call=1000.0),
+                    cost("sdpa", dense_tiles=1.0, call=10.0) | {"peak_bytes": {"call": 3 * 2**20}},
+                    cost("sdpa_unpadded", call=1000.0) | {"error": 2.5e-7},
+                    *(
+                        cost(backend, call=us) | {"causal": False, "longest_kv_len": 1000}
+                        for backend, us in (("sdpa", 2000.0), ("sdpa_unpadded", 1000.0))
+                    ),
                 ],
             }
         )
@@ -93,6 +97,84 @@ def test_the_fastest_prediction_comes_first_and_the_crossover_is_found() -> None
         assert second.from_seq_len == pytest.approx(31_937, rel=1 / 64)
     assert "crossing" in short.reason
     assert short.assumption is None
+
+
+@pytest.mark.usefixtures("crossing")
+def test_what_is_small_has_a_column() -> None:
+    request: dict[str, Any] = {"seq_len": 100, "device": "cpu", **PADDED}
+    time = explain(**request)
+    assert time.header == ("backend", "predicted", "remark")
+    assert not any(line.startswith("objective: ") for line in time.lines())
+    assert "what one call adds to the time of its layer" in time.lines()[0]
+    assert any(line.startswith('"-": not measured') for line in time.lines())
+    memory = explain(**request, objective="memory")
+    assert memory.header == ("backend", "predicted", "peak memory", "remark")
+    assert [row[:3] for row in memory.rows()[:2]] == [
+        ("sdpa", "10.0 us", "3.0 MiB"),
+        ("sdpa_unpadded", "1.00 ms", "-"),
+    ]
+    assert "objective: memory within 1.5 times the fastest" in memory.lines()
+    error = explain(**request, objective="accuracy")
+    assert error.header == ("backend", "predicted", "expected error", "remark")
+    assert error.rows()[0][:3] == ("sdpa", "10.0 us", "-")
+    assert error.rows()[1][:3] == ("sdpa_unpadded", "1.00 ms", "2.5e-07")
+    for answer in (time, memory, error):
+        table = str(answer).splitlines()[1 : 2 + len(answer.options)]
+        assert table[0].split() == " ".join(answer.header).split()
+        assert all(len(row) == len(answer.header) for row in answer.rows())
+
+
+@pytest.mark.parametrize(
+    ("objective", "column", "unit"),
+    [("memory", "peak memory", " MiB"), ("accuracy", "expected error", " 0.00")],
+)
+def test_the_command_prints_what_is_small(
+    objective: str, column: str, unit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*COMMAND, "--batch", "8", "--seq-len", "2048", "--padding", "0.4"]
+    arguments += ["--device", "nvidia-h200", "--objective", objective]
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert column in out
+    (chosen,) = [line for line in out.splitlines() if " chosen " in line]
+    assert unit in chosen
+    assert cli.run([*arguments, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["options"][0]
+    assert first["predicted_bytes"] > 0
+    assert first["expected_error"] > 0
+
+
+@pytest.mark.usefixtures("crossing")
+def test_a_rule_beyond_what_is_predicted_is_told() -> None:
+    """Measured up to 1,000 tokens, so predicted up to 64,000."""
+    request: dict[str, Any] = {"device": "cpu", **PADDED, "side": "right", "causal": False}
+    within = explain(seq_len=60_000, **request)
+    assert within.unmeasured is None
+    assert not any(line.startswith("not measured") for line in within.lines())
+    first, second = within.winners
+    assert (first.backend, first.by_rule, second.by_rule) == ("sdpa_unpadded", False, True)
+    assert second.from_seq_len == pytest.approx(64_000, rel=1 / 32)
+    assert within.crossovers.endswith(f"tokens {second.backend} by a rule (not measured)")
+    beyond = explain(seq_len=100_000, **request)
+    assert beyond.options[0].predicted_us is None
+    assert beyond.rows()[0][-1] == "chosen; not measured"
+    assert beyond.unmeasured is not None
+    assert "64 times the longest length measured; a rule decides" in beyond.unmeasured
+    assert f"not measured: {beyond.unmeasured}" in beyond.lines()
+    # Of this kind nothing was measured at any length.
+    never = explain(seq_len=100, dtype="bfloat16", **request)
+    assert "predicts fewer than two backends" in (never.unmeasured or "")
+    assert not any("by a rule" in line for line in never.lines() if line.startswith("by length"))
+
+
+def test_a_profile_of_rules_alone_does_not_apologise() -> None:
+    answer = explain(seq_len=64, padding=0.5, device="cpu", causal=True, **SIZES)
+    assert answer.profile == "default"
+    assert answer.unmeasured is None
+    assert "not measured:" not in str(answer)
+    # One backend alone: there is nothing that a rule could decide.
+    packed = explain(seq_len=4096, packed=16, device="cpu", causal=True, **SIZES)
+    assert not any(winner.by_rule for winner in packed.winners)
 
 
 def test_refusals_are_all_there() -> None:
@@ -206,8 +288,8 @@ def test_the_block_around_it_counts() -> None:
         ({"batch": 0}, "batch"),
         ({"batch": 1 << 20, "seq_len": 1 << 20}, "tokens"),
         ({"dtype": "int3"}, "bfloat16"),
-        ({"device": "mars"}, "NVIDIA H200"),
-        ({"device": "meta"}, "cuda:N"),
+        ({"device": "mars"}, "'mars' is no device .*: 'AMD EPYC, 2 threads', 'NVIDIA H200'$"),
+        ({"device": "meta"}, "device 'meta' is not covered; use 'cpu', 'cuda' or 'cuda:N'"),
         ({"grad": True, "decode": True}, "exclude"),
         ({"packed": 2, "padding": 0.2}, "packed"),
         ({"packed": 99}, "packed"),

@@ -209,7 +209,7 @@ def of_step(
 
 def block_keys(batch: int, kv_len: int, slots: int, **changes: Any) -> float:
     """10^3 keys that the busiest block of a decoding step walks."""
-    return of_step(batch, kv_len, slots, **changes)["block_keys"]
+    return of_step(batch, kv_len, slots, **changes)["busiest_keys"]
 
 
 def test_the_busiest_block_is_what_the_backend_says() -> None:
@@ -312,7 +312,7 @@ def waving(slots: int, count: int = 80, seed: int = 0) -> list[Sample]:
     decode = grid.Family("decode", False, ("none",), "bfloat16", 64)
     found = []
     for index, workload in enumerate(drawn(count, seed, decode)):
-        us = 5.0 + 30.0 * work(workload, "torch_varlen", slots=slots)["block_keys"]
+        us = 5.0 + 30.0 * work(workload, "torch_varlen", slots=slots)["busiest_keys"]
         found.append(Sample(index, workload, "torch_varlen", "ok", 1.0, 0.0, us, 0.01, 5))
     return found
 

@@ -16,7 +16,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -480,6 +482,8 @@ def test_decoding_in_parts_equals_a_reference(spread: Spread | None, head_dim: i
     backend = NAMED["flash_attention_2"]
     if backend.unavailable() is not None:
         pytest.skip("needs flash-attn")
+    extension = flash_attention_2._extension()
+    assert extension is not None
     results = {}
     for batch, kv_len in ((1, 5000), (7, 1030), (60, 600), (64, 2048)):
         workload = Workload(
@@ -490,13 +494,23 @@ def test_decoding_in_parts_equals_a_reference(spread: Spread | None, head_dim: i
         plan, call = workload.plan(CUDA), workload.call(CUDA)
         parts = flash_attention_2._parts(plan, call)
         query, key, value, *_ = workload.tensors(CUDA)
-        output = backend.bind(plan, call)(query, key, value, {}).double()
+        counted: list[int] = []
+
+        def counting(*given: Any, counted: list[int] = counted) -> Any:
+            counted.append(given[-1])
+            return extension.fwd_kvcache(*given)
+
+        stand_in = SimpleNamespace(fwd_kvcache=counting)
+        with mock.patch.object(flash_attention_2, "_extension", return_value=stand_in):
+            run = backend.bind(plan, call)
+        output = run(query, key, value, {}).double()
         mask = torch.from_numpy(workload.real_keys()).to(CUDA)[:, None, None]
         exact = torch.nn.functional.scaled_dot_product_attention(
             query.double(), key.double(), value.double(), attn_mask=mask, enable_gqa=True
         ).transpose(1, 2)
         error = float((output - exact).abs().max() / exact.abs().max())
         results[f"{batch} x {kv_len}, {parts} parts"] = error
+        assert counted == [parts]
         assert parts > 1
         assert error < 1e-2
     gpu_results.write(f"decode_parts_{spread}_{head_dim}", results)

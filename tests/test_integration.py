@@ -472,7 +472,7 @@ def test_the_trace_of_a_model_is_plain_data() -> None:
     assert all(row["facts"]["padding"] == "left" for row in rows)
     assert all(row["facts"]["real_tokens"] == int(MASKS["left"].sum()) for row in rows)
     assert [row["calls"] for row in rows] == [1, 1]
-    assert str(trace).count("\n") == 2
+    assert str(trace).count("\n") == 3
 
 
 def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> None:

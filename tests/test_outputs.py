@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
+import pytest
 from benchmarks import outputs
 from benchmarks.outputs import Output
 
@@ -55,3 +57,40 @@ def test_a_failing_command_is_reported() -> None:
     made = outputs.run("smartattn explain --device mars --seq-len 1 --heads 1 --head-dim 8", {})
     assert made.code == 2
     assert "mars" in made.text
+
+
+def test_a_real_trace_and_the_profiles_are_on_the_page() -> None:
+    for command in ("smartattn show", "smartattn show --map", "smartattn profiles list"):
+        assert command in EVERY
+    assert outputs.TRACE in EVERY
+    assert not outputs.times_something(outputs.TRACE)
+
+
+def test_the_program_that_traces_prints_its_trace() -> None:
+    made = outputs.run(outputs.TRACE, {})
+    assert made.code == 0, made.text
+    lines = made.text.splitlines()
+    assert lines[0].startswith("forwards  batch")
+    assert any(" 513-519 " in line for line in lines), "the steps of a generation"
+    assert lines[-1].startswith("LlamaForCausalLM: 1 forward ")
+
+
+def test_the_page_shows_the_program_with_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "commands.md"
+    arguments = ["outputs", "--output", str(page), "--only", outputs.TRACE, "--only", "*list"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(outputs, "run", lambda command, models: Output(f"of {command}\n", 0, 1.0))
+    assert outputs.main() == 0
+    text = page.read_text()
+    program = f"```python\n{outputs.PROGRAM}```\n\n```text\nof {outputs.TRACE}\n```\n"
+    assert program in text
+    assert text.count("```python") == 1
+    assert "of smartattn profiles list" in text
+
+
+def test_no_path_of_the_machine_is_on_the_page() -> None:
+    made = outputs.run("smartattn profiles list", {})
+    assert str(outputs.ROOT) not in made.text
+    assert "shipped: calibration/profiles" in made.text

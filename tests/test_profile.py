@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -421,7 +422,14 @@ def test_default_rules() -> None:
     assert first(long, "cuda") == "flash_attention_2"
     assert first(short, "cuda") == "sdpa"
     assert first(dense, "cuda") == "sdpa"
-    assert first(long, "cpu") == "sdpa"
+    assert first(long, "cpu") == first(short, "cpu") == "sdpa_unpadded"
+    assert first(padded_plan(length=4096, shortest=3500), "cpu") == "sdpa", "little padding"
+    assert first(padded_plan(length=128), "cpu") == "sdpa"
+    assert first(dense, "cpu") == "sdpa"
+    keys = np.arange(4096)[None, :] >= np.array([[0], [3000]])
+    step = Plan(2, 1, 4096, Pattern.CAUSAL, CPU, real=keys)
+    assert step.padding_share > 0.25
+    assert first(step, "cpu") == "sdpa", "in decoding a row alone keeps few cores busy"
     assert first(packed, "cuda") == "flash_attention_2"
     assert "sdpa_unpadded" in default.rules[0].prefer
 
@@ -437,6 +445,8 @@ def test_default_rules() -> None:
         ({"packed": True}, False),
         ({"causal": True}, True),
         ({"causal": False}, False),
+        ({"min_q_len": 64}, True),
+        ({"min_q_len": 65}, False),
         ({"min_kv_len": 64}, True),
         ({"min_kv_len": 65}, False),
         ({"max_kv_len": 64}, True),
@@ -644,3 +654,25 @@ def test_differences_name_both_versions() -> None:
     now = machine.Versions(torch="2", flash_attn="2.8", smartattn="0.2")
     assert then.differences(now) == ["torch 1 then, 2 now", "flash-attn absent then, 2.8 now"]
     assert now.differences(now) == []
+
+
+def test_flash_attention_3_counts_where_it_was_recorded() -> None:
+    then = machine.Versions(fa3_fwd="0.0.3", flash_attn_3="3.0.0b1")
+    now = machine.Versions(fa3_fwd="0.0.4")
+    assert then.differences(now) == [
+        "fa3-fwd 0.0.3 then, 0.0.4 now",
+        "flash-attn-3 3.0.0b1 then, absent now",
+    ]
+    # Profiles of before used it and do not say so.
+    assert machine.Versions().differences(now) == []
+
+
+def test_the_versions_of_flash_attention_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"flash-attn": "2.8.3", "fa3-fwd": "0.0.3", "flash-attn-3": "3.0.0b1"}
+    right = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: installed.get(name) or right(name)
+    )
+    found = machine.versions("cuda")
+    assert (found.flash_attn, found.fa3_fwd, found.flash_attn_3) == tuple(installed.values())
+    assert machine.versions("cpu").fa3_fwd is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 
 from smartattn.backends import NAMED, flash_attention_2, splitting
 from smartattn.backends.splitting import Step, cudnn_parts, flash_2_parts
+from smartattn.plan import Pattern, Plan
 from smartattn.workload import Workload
 
 #: Of an H200.
@@ -43,7 +45,8 @@ def test_flash_attention_2_does_not_cut_many_sequences_by_itself(blocks: int) ->
     ("blocks", "parts"), [(4, 29), (12, 10), (24, 5), (40, 3), (72, 5), (96, 4), (106, 1), (136, 1)]
 )
 def test_the_rule_of_flash_attention_3(blocks: int, parts: int) -> None:
-    assert splitting._flash_parts(blocks, PROCESSORS, 128, distinct=False) == parts
+    tiles = -(-16384 // 176)
+    assert splitting._flash_parts(blocks, PROCESSORS, tiles, distinct=False) == parts
 
 
 @pytest.mark.parametrize(
@@ -104,13 +107,18 @@ def test_flash_attention_3_comes_in_waves_of_one_block_per_processor() -> None:
 
     assert keys(100, 10_000) == pytest.approx(10_000)
     assert keys(101, 10_000) == pytest.approx(20_000)
-    # Three parts of 27 tiles, in two waves, use the places better than two, in one.
-    assert keys(60, 10_112) == pytest.approx(2 * 27 * 128)
+    # Three parts of 20 tiles, in two waves, use the places better than two, in one.
+    assert keys(60, 10_112) == pytest.approx(2 * 20 * 176)
     # Sequences of half the cache have nothing to do in the last part.
-    assert keys(60, 10_112, 128, *[5_000] * 60) == pytest.approx(2 * 27 * 128)
+    assert keys(60, 10_112, 128, *[5_000] * 60) == pytest.approx(2 * 20 * 176)
     assert keys(60, 10_112, 128, *[3_000] * 60) == pytest.approx(3_000)
-    # Few keys are never cut.
-    assert keys(10, 512) == pytest.approx(512)
+    # Four tiles and fewer are never cut; tiles are larger for smaller heads.
+    assert keys(10, 4 * 176) == pytest.approx(4 * 176)
+    assert keys(10, 5 * 176) == pytest.approx(176)
+    assert keys(10, 5 * 192, 64) == pytest.approx(192)
+    assert keys(10, 5 * 144, 96) == pytest.approx(144)
+    assert keys(10, 4 * 80, 256) == pytest.approx(4 * 80)
+    assert keys(10, 5 * 80, 256) == pytest.approx(80)
 
 
 def test_flash_attention_2_reads_parts_in_waves() -> None:
@@ -164,6 +172,16 @@ def test_no_more_parts_than_tiles() -> None:
     assert flash_2_parts(step(1, 512, 64), 2 * PROCESSORS) == 2
 
 
+def test_parts_take_no_more_than_a_workspace() -> None:
+    slots = 2 * PROCESSORS
+    skewed = Step(2048, np.array([16384, *[200] * 255]), 16384, 128, heads=32)
+    small = skewed._replace(heads=1)
+    assert flash_2_parts(small, slots) > flash_2_parts(skewed, slots) > 1
+    assert flash_2_parts(skewed, slots) * 256 * 32 * 129 * 4 <= 2**26
+    # Not even two parts.
+    assert flash_2_parts(skewed._replace(heads=32 * 64), slots) == 0
+
+
 class _Extension:
     """The compiled functions of flash-attn, which tell how they are called."""
 
@@ -175,8 +193,16 @@ class _Extension:
         return [query]
 
     def fwd_kvcache(self, query: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+        self.keys = given[0].shape[1]
+        # The rest of the arguments end with the number of parts.
         self.calls.append(("fwd_kvcache", given[8], given[4], given[-1]))
         return [query]
+
+    def public(self, query: torch.Tensor, key: torch.Tensor, *_: Any, **given: Any) -> torch.Tensor:
+        self.keys = key.shape[1]
+        bounds = given["cache_leftpad"], given["cache_seqlens"]
+        self.calls.append(("public", *bounds, given["num_splits"]))
+        return query
 
 
 @pytest.mark.parametrize(
@@ -219,6 +245,37 @@ def test_the_kernel_for_caches_is_told_how_many_parts(
         wanted = flash_2_parts(Step.of(plan, call), 2 * PROCESSORS) if cut else 0
         assert parts == wanted
         assert (wanted > 1) is cut
+
+
+@pytest.mark.parametrize("thin", [True, False])
+def test_parts_are_of_the_filled_part_of_a_static_cache(thin: bool) -> None:
+    """The kernel cuts what it is handed, which is not to be the rest of the cache as well."""
+    device = torch.device("cpu")
+    workload = Workload(
+        "decode", True, "left", "bfloat16", 2, 1, 700, 4, 2, 64, padding_share=0.3,
+        memory="concatenated",
+    )  # fmt: skip
+    real = workload.real_keys()
+    plan = Plan(2, 1, 4096, Pattern.CAUSAL, device, shift=699, real=real)
+    call = replace(workload.call(device), kv_len=4096)
+    assert (plan.visible, plan.kv_len) == (700, 4096)
+    extension = _Extension()
+    package = mock.Mock(flash_attn_with_kvcache=extension.public)
+    with (
+        mock.patch.object(
+            flash_attention_2, "_extension", return_value=extension if thin else None
+        ),
+        mock.patch.object(flash_attention_2, "_package", return_value=(package, None)),
+        mock.patch.object(flash_attention_2, "processors", return_value=PROCESSORS),
+    ):
+        run = NAMED["flash_attention_2"].bind(plan, call)
+    query, *_ = workload.tensors(device)
+    cache = torch.randn(2, 2, 4096, 64, dtype=torch.bfloat16)
+    run(query, cache, cache, {})
+    ((_, _, _, parts),) = extension.calls
+    assert extension.keys == 700
+    filled = Step.of(workload.plan(device), workload.call(device))
+    assert parts == flash_2_parts(filled, 2 * PROCESSORS) > 1
 
 
 def test_no_parts_are_asked_for_without_a_gpu() -> None:

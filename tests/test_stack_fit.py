@@ -289,18 +289,20 @@ def test_the_sentences_say_what_was_measured() -> None:
     packed, padded = fit_stack_rules(taken, HEADER)
     assert packed.when.device == padded.when.device == "cpu"
     assert packed.because == (
-        "measured on Imaginary, 1 threads on 2026-01-01: from there on 1.20 to 1.50 times as fast "
-        "in 2 batches (BERT-like of hidden size 256, Llama-like of hidden size 512, 4 layers, "
-        "float32, forward and training)"
+        "measured on Imaginary, 1 threads on 2026-01-01: 2 batches with at least this padding and "
+        "work ran 1.20 to 1.50 times as fast packed as padded (BERT-like of hidden size 256, "
+        "Llama-like of hidden size 512, 4 layers, float32, forward and training)"
     )
-    assert "less padding or work: 0.80 to 0.90 times as fast in 2 batches" in padded.because
+    said = "2 batches with less padding or work ran 0.80 to 0.90 times as fast packed as padded ("
+    assert said in padded.because
 
 
 def test_nowhere_and_unknown_are_told_apart() -> None:
     slow = [sample(0.5, power, 0.9) for power in (24, 25, 26, 27)]
     (never,) = fit_stack_rules(slow, HEADER)
     assert not never.pack
-    assert "nowhere 3% faster for certain, 0.90 to 0.90 times as fast in 4 batches" in never.because
+    said = "4 batches ran 0.90 times as fast packed as padded, none of them 3% faster for certain ("
+    assert said in never.because
     assert fit_stack_rules(slow[:1], HEADER, DEFAULT) == ()
     fast = [replace(one, speedup=1.5) for one in slow]
     assert "were not timed" in fit_stack_rules(fast, HEADER)[1].because

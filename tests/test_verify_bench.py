@@ -64,9 +64,12 @@ def test_verify_agrees_per_layer(name: str, folder: Any, capsys: Any) -> None:
     assert "smart ran sdpa in " in out
     assert "layer 1" in out
     assert "flash_attention_2 did not run: runs on cuda, the model is on cpu" in out
+    assert out.startswith("3 x 20: ")
+    assert "(largest relative to the largest eager value at real positions)" in out
     assert cli.run([*arguments, "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["agrees"] is True
+    assert found["shapes"] == [[3, 20]]
     assert found["real_tokens"] + found["padding_tokens"] == 60
     assert found["padding_tokens"] > 0
     by_name = {entry["implementation"]: entry for entry in found["comparisons"]}
@@ -140,6 +143,7 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
     out = capsys.readouterr().out
     for name in models.IMPLEMENTATIONS:
         assert name in out
+    assert out.startswith("forward, 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
     assert "padding_free: " in out
     assert "it ran 1 forward padded: no rule of the profile" in out
@@ -147,6 +151,7 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
     assert cli.run([*arguments, "--json", "--new-tokens", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 6
+    assert found["shapes"] == [[2, 16]]
     rows = {row["implementation"]: row for row in found["rows"]}
     assert rows["smart"]["ran"] == {"sdpa": 6}
     assert rows["smart"]["equal_tokens"] == rows[bench.PADDING_FREE]["equal_tokens"] == 1.0
@@ -278,7 +283,11 @@ def test_prompts_are_tokenized_and_padded(
     assert first.real.tolist() == [[True] * 4, [False, False, False, True]], "padded on the left"
     assert second.inputs["input_ids"].tolist() == [[6, 6]]
     assert cli.run(["verify", str(path), "--prompts", str(tmp_path / "prompts")]) == 0
-    assert "7 real and 5 padding tokens" in capsys.readouterr().out
+    assert "3 x 4: 7 real and 5 padding tokens" in capsys.readouterr().out
+    arguments = ["--prompts", str(tmp_path / "prompts"), "--batch", "2"]
+    assert cli.run(["verify", str(path), *arguments]) == 0
+    said = "2 batches of 1 to 2 x 2 to 4: 7 real and 3 padding tokens"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -288,7 +297,7 @@ def test_prompts_are_tokenized_and_padded(
         (["verify", "{tmp}/none.gguf"], "there is no file"),
         (["verify", "{tmp}", "--gguf-file", "none"], "there is no file"),
         (["verify", "{tmp}"], "cannot be loaded"),
-        (["verify", "{llama}", "--device", "mars"], "cuda:N"),
+        (["verify", "{llama}", "--device", "mars"], "use 'cpu', 'cuda' or 'cuda:N'"),
         (["verify", "{llama}", "--dtype", "int8"], "bfloat16"),
         (["verify", "{llama}", "--padding", "1"], "padding"),
         (["verify", "{llama}", "--seq-len", "999"], "the model takes 128 tokens"),

@@ -82,6 +82,8 @@ class Benchmark:
     real_tokens: int
     padding_tokens: int
     new_tokens: int
+    #: (rows, tokens per row, padding included) of each batch.
+    shapes: tuple[tuple[int, int], ...] = ()
 
     def tokens_per_second(self, row: Row) -> float | None:
         """Real or generated tokens per second."""
@@ -224,6 +226,7 @@ def bench(
         real_tokens=real,
         padding_tokens=sum(batch.real.numel() for batch in batches) - real,
         new_tokens=new_tokens,
+        shapes=tuple(batch.shape for batch in batches),
     )
 
 

@@ -188,8 +188,9 @@ def _best(
 class Chooser:
     """:func:`choose` with a memory for batches that differ little in size.
 
-    Costs are smooth, so that batches within a few per cent of each other share their choice. What
-    can be run is never remembered: the chosen backend is asked about every plan anew.
+    Costs are smooth but for the number of thread blocks of a decoding step, so that batches within
+    a few per cent of each other share their choice. What can be run is never remembered: the
+    chosen backend is asked about every plan anew.
 
     Args:
         backends: as for :func:`choose`.
@@ -252,7 +253,7 @@ def _kind(plan: Plan, call: Call) -> Hashable:
         call.token_major_keys,
         call.copies_keys,
         call.features,
-        call.q_len == 1,
+        call.batch if call.q_len == 1 else None,
         len(plan.sequences) if plan.is_packed and plan.sequences is not None else None,
         *[int(8 * math.log2(size + 1)) for size in sizes],
     )

@@ -16,6 +16,7 @@ from ._version import __version__
 from .cli_errors import UserError
 from .cli_profiles import profiles_app
 from .cli_show import print_stack_rules, print_thresholds, show
+from .machine import DEVICE_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -182,16 +183,17 @@ def _devices(name: str | None) -> list[torch.device]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"{name!r} is no device; use cpu, cuda or cuda:N") from None
+        raise UserError(f"{name!r} is no device; use {DEVICE_NAMES}") from None
     if device.type == "cpu":
         return [torch.device("cpu")]
     if device.type != "cuda":
-        raise UserError(f"device {name!r} cannot be calibrated; use cpu, cuda or cuda:N")
+        raise UserError(f"device {name!r} cannot be calibrated; use {DEVICE_NAMES}")
     if not count:
         raise UserError("this torch sees no CUDA device; use --device cpu")
     if ":" in name:
         if device.index >= count:
-            raise UserError(f"there is no {name}; this machine has cuda:0 to cuda:{count - 1}")
+            there = f"'cuda:0' to 'cuda:{count - 1}'"
+            raise UserError(f"there is no {name!r}; this machine has {there}")
         return [device]
     from .machine import identify
 

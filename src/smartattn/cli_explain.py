@@ -88,12 +88,12 @@ def explain(
     console = Console()
     table = Table(
         Column("backend", overflow="fold"),
-        Column("predicted", justify="right", no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in answer.header[1:-1]),
         Column("remark", overflow="fold"),
     )
-    for backend, predicted, remark in answer.rows():
-        style = "bold" if backend == answer.backend else None
-        table.add_row(backend, predicted, escape(remark), style=style)
+    for row in answer.rows():
+        style = "bold" if row[0] == answer.backend else None
+        table.add_row(*map(escape, row), style=style)
     title = escape(f"{answer.workload}, on {answer.device}")
     console.print(title, soft_wrap=True, highlight=False)
     console.print(table)

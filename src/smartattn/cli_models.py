@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from .cli_errors import UserError
+from .machine import DEVICE_NAMES
 
 if TYPE_CHECKING:
     from .bench import Benchmark, Row
@@ -164,7 +165,7 @@ def _loaded(
             if not (isinstance(given, torch.dtype) and given.is_floating_point):
                 raise AttributeError
     except RuntimeError:
-        raise UserError(f"{device!r} is no device; use cpu, cuda or cuda:N") from None
+        raise UserError(f"{device!r} is no device; use {DEVICE_NAMES}") from None
     except AttributeError:
         raise UserError(f"{dtype!r} is no dtype of a model; use bfloat16 or float32") from None
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -203,8 +204,9 @@ def _progress(total: int | None) -> Iterator[Any]:
 
 def _print_verification(found: Verification, console: Console) -> None:
     console.print(
-        f"{found.real_tokens:,} real and {found.padding_tokens:,} padding tokens, {found.dtype}\n"
-        "differences from eager: largest / mean (largest relative to the largest eager value)",
+        f"{_batches(found)}, {found.dtype}\n"
+        "differences from eager: largest / mean (largest relative to the largest eager value at "
+        "real positions)",
         soft_wrap=True,
         highlight=False,
     )
@@ -231,13 +233,24 @@ def _print_verification(found: Verification, console: Console) -> None:
     if found.problem is None:
         assert output is not None
         console.print(
-            f"smart agrees with eager: it differs by {output.real.relative:.1e} of the largest "
-            f"value at real positions, {found.allowed:.1e} is allowed",
+            "smart agrees with eager: at real positions it differs by "
+            f"{output.real.relative:.1e} of the largest eager value there, {found.allowed:.1e} is "
+            "allowed",
             soft_wrap=True,
             highlight=False,
         )
     else:
         console.print(f"[bold red]smart does not agree with eager:[/] {escape(found.problem)}")
+
+
+def _batches(found: Verification | Benchmark) -> str:
+    """The batch that ran, as rows x length, and what is in it."""
+    from .models import shapes_in_words
+
+    return (
+        f"{shapes_in_words(found.shapes)}: {found.real_tokens:,} real and "
+        f"{found.padding_tokens:,} padding tokens"
+    )
 
 
 def _add_layers(table: Table, comparison: Comparison) -> None:
@@ -262,8 +275,7 @@ def _shown(difference: Difference | None) -> str:
 def _print_benchmark(found: Benchmark, console: Console) -> None:
     doing = f"{found.new_tokens} new tokens" if found.new_tokens else "forward"
     console.print(
-        f"{doing}, {found.real_tokens:,} real and {found.padding_tokens:,} padding tokens, "
-        f"{found.dtype}, {found.device}; medians of interleaved rounds",
+        f"{doing}, {_batches(found)}, {found.dtype}, {found.device}; medians of interleaved rounds",
         soft_wrap=True,
         highlight=False,
     )

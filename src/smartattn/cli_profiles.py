@@ -28,17 +28,22 @@ def list_profiles() -> None:
     """List the user's own and the shipped profiles."""
     from .profile import ProfileError, load, shipped_profiles, user_profiles
 
+    console = Console()
     table = Table("whose", "profile", "device", "date", Column("file", overflow="fold"))
-    for whose, folder in (("yours", user_profiles()), ("shipped", shipped_profiles())):
+    folders = (("yours", user_profiles()), ("shipped", shipped_profiles()))
+    for whose, folder in folders:
         for path in sorted(folder.glob("*.json")):
+            file = escape(path.name)
             try:
                 found = load(path)
             except ProfileError as error:
-                table.add_row(whose, "unusable", escape(str(error)), "", escape(str(path)))
+                table.add_row(whose, "unusable", escape(str(error)), "", file)
                 continue
             device = escape(str(found.device)) if found.device else "any"
-            table.add_row(whose, escape(found.name), device, found.date or "", escape(str(path)))
-    Console().print(table)
+            table.add_row(whose, escape(found.name), device, found.date or "", file)
+    console.print(table)
+    for whose, folder in folders:
+        console.print(f"{whose}: {escape(str(folder))}", soft_wrap=True, highlight=False)
 
 
 @profiles_app.command("show")

@@ -75,7 +75,7 @@ class Cost(Record):
     #: if too little was measured to tell.
     bend: tuple[Term, ...] = ()
     #: Thread blocks of the backend that the device runs at once, for the features ``blocks`` and
-    #: ``block_keys``; 0 if unknown.
+    #: ``busiest_keys``; 0 if unknown.
     slots: Annotated[int, Field(ge=0, le=10**6)] = 0
     #: Longest key length in tokens, and number of samples, that the model was fitted on.
     longest_kv_len: Annotated[int, Field(ge=1, le=10**9)]

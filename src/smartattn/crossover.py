@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .cost import Predictor
-from .features import Mode
+from .features import Mode, Regime, regime_of
 from .profile import Profile
 from .thresholds import predictions
 from .workload import Side, Workload
 
-#: Padded lengths and shares of padding of a map.
+#: Padded lengths and shares of padding of a map, as far as something was measured there.
 LENGTHS = tuple(2**exponent for exponent in range(5, 17))
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 #: The kinds of call that get a map: mode, causal or not, side of the padding, and in words.
@@ -52,7 +52,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """The winners of one kind of call: ``cells[share][length]``, None without a prediction."""
+    """The winners of one kind of call: ``cells[share][length]``, None where nothing was measured.
+
+    No length and no share is there that has no cell.
+    """
 
     title: str
     lengths: tuple[int, ...]
@@ -66,7 +69,10 @@ class Map:
 
 
 def maps(profile: Profile) -> list[Map]:
-    """The maps of a profile, for the dtype and head_dim that most was measured of."""
+    """The maps of a profile, for the dtype and head_dim that most was measured of.
+
+    A map ends at the longest length measured of its kind of call.
+    """
     if not profile.costs:
         return []
     device = torch.device(profile.device.kind if profile.device else "cpu")
@@ -75,8 +81,10 @@ def maps(profile: Profile) -> list[Map]:
         usual[cost.dtype, cost.head_dim] += cost.samples
     dtype, head_dim = usual.most_common(1)[0][0]
     backends = sorted({cost.backend for cost in profile.costs})
-    measured = max(cost.longest_kv_len for cost in profile.costs)
-    lengths = tuple(length for length in LENGTHS if length <= measured)
+    longest: dict[tuple[str, ...], int] = defaultdict(int)
+    for cost in profile.costs:
+        kind = _kind(cost.regime)
+        longest[kind] = max(longest[kind], cost.longest_kv_len)
     found = []
     for mode, causal, side, words in KINDS:
         title = f"{words}; batch {BATCH}, {HEADS} heads of {head_dim}, {dtype}"
@@ -100,21 +108,46 @@ def maps(profile: Profile) -> list[Map]:
                     profile.predictor,
                     backends,
                     device,
+                    longest,
                 )
-                for length in lengths
+                for length in LENGTHS
             )
             for share in SHARES
         )
-        one = Map(title, lengths, SHARES, cells)
+        one = _filled(Map(title, LENGTHS, SHARES, cells))
         if one.wins:
             found.append(one)
     return found
 
 
+def _filled(one: Map) -> Map:
+    """A map without the shares and the lengths of which nothing was measured."""
+    rows = [row for row, cells in enumerate(one.cells) if any(cells)]
+    columns = [column for column, cells in enumerate(zip(*one.cells, strict=True)) if any(cells)]
+    return Map(
+        one.title,
+        tuple(one.lengths[column] for column in columns),
+        tuple(one.shares[row] for row in rows),
+        tuple(tuple(one.cells[row][column] for column in columns) for row in rows),
+    )
+
+
+def _kind(regime: Regime) -> tuple[str, ...]:
+    """What a length is measured for, whatever the head_dim."""
+    return regime.mode, regime.layout, str(regime.causal), regime.dtype
+
+
 def _cell(
-    workload: Workload, predictor: Predictor, backends: Sequence[str], device: torch.device
+    workload: Workload,
+    predictor: Predictor,
+    backends: Sequence[str],
+    device: torch.device,
+    longest: Mapping[tuple[str, ...], int],
 ) -> Cell | None:
     plan, call = workload.plan(device), workload.call(device)
+    regime = regime_of(plan, call)
+    if regime is None or call.kv_len > longest.get(_kind(regime), 0):
+        return None
     times = predictions(predictor, backends, plan, call)
     if not times or times[0][0] <= 0:
         return None
@@ -147,7 +180,9 @@ def show(found: Sequence[Map], console: Console) -> None:
     places = _places(found)
     letters = _letters(list(places))
     for one in found:
-        table = Table("padding", title=one.title, title_justify="left", pad_edge=False, padding=0)
+        # Not a title of the table, which would be cut into lines as short as the table.
+        console.print(one.title, style="italic", soft_wrap=True, highlight=False)
+        table = Table("padding", pad_edge=False, padding=0)
         for length in one.lengths:
             table.add_column(f"{length // 1024}k" if length >= 1024 else str(length))
         for share, row in zip(one.shares, one.cells, strict=True):
@@ -161,7 +196,11 @@ def show(found: Sequence[Map], console: Console) -> None:
             table.add_row(*texts)
         console.print(table)
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
-    console.print(f"{legend}; the number: times as fast as the next one, by prediction")
+    console.print(
+        f"{legend}; the number: times as fast as the next one, by prediction; as far as lengths "
+        "were measured",
+        soft_wrap=True,
+    )
 
 
 def _times(cell: Cell) -> str:

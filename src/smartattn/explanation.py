@@ -17,6 +17,7 @@ from .backends import BACKENDS
 from .call import Call
 from .choose import LATENCY, Decision, Goal, UnsupportedCallError, choose
 from .control import PadOutput, Settings, checked, settings_for
+from .cost import MAX_EXTRAPOLATION
 from .features import Mode
 from .machine import versions
 from .packed_stack import packed_plan, plan_refusal
@@ -59,6 +60,8 @@ class Winner:
 
     from_seq_len: int
     backend: str
+    #: Nothing that was measured decides there, but a rule or the order of the backends.
+    by_rule: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Explanation:
     #: batch without padding. What the model itself refuses is not known here.
     packs: bool | None = None
     packs_because: str | None = None
+    #: Why no prediction decides although the profile has some; None where one does.
+    unmeasured: str | None = None
 
     @property
     def crossovers(self) -> str:
@@ -95,8 +100,14 @@ class Explanation:
         first, *others = self.winners or (Winner(0, "none"),)
         if not others:
             return f"{first.backend} at every length"
-        return f"{first.backend}, " + ", ".join(
-            f"from {winner.from_seq_len:,} tokens {winner.backend}" for winner in others
+        # Where no length is predicted the reason says so once.
+        some = not all(winner.by_rule for winner in self.winners)
+
+        def named(winner: Winner) -> str:
+            return winner.backend + " by a rule (not measured)" * (some and winner.by_rule)
+
+        return f"{named(first)}, " + ", ".join(
+            f"from {winner.from_seq_len:,} tokens {named(winner)}" for winner in others
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,32 +118,78 @@ class Explanation:
         """The same as JSON."""
         return json.dumps(self.as_dict(), indent=2)
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(backend, predicted time, remark) per option."""
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The columns of :meth:`rows`: what is to be small has one beside the time."""
+        more = {"memory": ("peak memory",), "accuracy": ("expected error",)}
+        return ("backend", "predicted", *more.get(self._goal, ()), "remark")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Backend, predicted time, what else is to be small, and a remark, per option."""
         best = next((o.predicted_us for o in self.options if o.status == "chosen"), None)
-        return [(o.backend, format_us(o.predicted_us), _remark(o, best)) for o in self.options]
+        figures = {"memory": _memory, "accuracy": _error}
+        figure = figures.get(self._goal)
+        return [
+            (
+                o.backend,
+                format_us(o.predicted_us),
+                *(() if figure is None else (figure(o),)),
+                _remark(o, best),
+            )
+            for o in self.options
+        ]
+
+    @property
+    def _goal(self) -> str:
+        return self.objective.split()[0]
+
+    def captions(self) -> list[str]:
+        """What the columns of figures mean."""
+        captions = ["predicted: what one call adds to the time of its layer"]
+        if self._goal == "memory":
+            captions.append("peak memory: what one call takes above its inputs")
+        elif self._goal == "accuracy":
+            captions.append("expected error: relative to the largest value, against float64")
+        captions.append('"-": not measured, set aside or refused, as the remark says')
+        return captions
 
     def lines(self) -> list[str]:
         """What is said beside the table."""
         path = f", {self.profile_path}" if self.profile_path else ""
-        lines = [f"profile: {self.profile} ({self.profile_source}{path})"]
+        lines = self.captions()
+        lines.append(f"profile: {self.profile} ({self.profile_source}{path})")
+        if self._goal != LATENCY.goal:
+            lines.append(f"objective: {self.objective}")
         if self.version_differences:
             lines.append(f"measured with {', '.join(self.version_differences)}")
         if self.assumption:
             lines.append(f"assumed: {self.assumption}")
         lines.append(f"chosen:  {self.backend or 'nothing'}: {self.reason}")
+        if self.unmeasured:
+            lines.append(f"not measured: {self.unmeasured}")
         if self.winners:
             lines.append(f"by length, all else equal: {self.crossovers}")
         if self.packs is not None:
             does = "packs this batch" if self.packs else "leaves the padding in"
             rule, _, source = brief(self.packs_because or "").partition(": ")
+            # What was measured where is a line of its own, or none would fit a terminal.
+            source = source.replace(": ", ":\n  ", 1)
             lines.append(f"padding_free {does}: {rule}" + (source and f"\n  {source}"))
         return lines
 
     def __str__(self) -> str:
-        table = [("backend", "predicted", "remark"), *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(2)]
-        body = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c}" for a, b, c in table]
+        table = [self.header, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(self.header) - 1)]
+        body = [
+            "  ".join(
+                (
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:-1], widths[1:], strict=True)),
+                    row[-1],
+                )
+            )
+            for row in table
+        ]
         return "\n".join([f"{self.workload}, on {self.device}", *body, *self.lines()])
 
 
@@ -235,6 +292,10 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         differences = profile.versions.differences(versions(target.identity.kind))
     path = target.found.path
     packs, packs_because = _packs(workload, hidden, target, settings)
+    winners = _winners(workload, target, settings) if decision else ()
+    unmeasured = None
+    if decision and profile.costs and _by_rule(decision):
+        unmeasured = _unmeasured(workload.kv_len, winners)
     return Explanation(
         workload=workload,
         pad_output=settings.pad_output or "zeros",
@@ -250,10 +311,28 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         backend=decision.backend.name if decision else None,
         reason=reason,
         options=_options(plan, call, target, settings, decision),
-        winners=_winners(workload, target, settings) if decision else (),
+        winners=winners,
         packs=packs,
         packs_because=packs_because,
+        unmeasured=unmeasured,
     )
+
+
+def _by_rule(decision: Decision) -> bool:
+    """Whether there were several backends to choose from and no two predictions to compare."""
+    predicted = sum(verdict.predicted_us is not None for verdict in decision.verdicts)
+    return predicted < 2 and not decision.reason.startswith("the only one")
+
+
+def _unmeasured(seq_len: int, winners: Sequence[Winner]) -> str:
+    """Why no two backends are predicted for a length that a rule decides."""
+    before = [winner for winner in winners if winner.from_seq_len <= seq_len]
+    if before and before[-1].by_rule and not all(winner.by_rule for winner in before):
+        return (
+            f"predictions for such calls end at {MAX_EXTRAPOLATION} times the longest length "
+            "measured; a rule decides beyond"
+        )
+    return "the profile predicts fewer than two backends for such calls; a rule decides"
 
 
 def _packs(
@@ -339,14 +418,15 @@ def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Wi
     if workload.batch * shortest > MAX_TOKENS:
         return ()
 
-    def chosen(length: int) -> str:
+    def chosen(length: int) -> tuple[str, bool]:
         q_len = 1 if workload.mode == "decode" else length
         other = replace(workload, kv_len=length, q_len=q_len)
         plan, call = _request(other, target, settings)
         try:
-            return _choose(plan, call, target, settings).backend.name
+            decision = _choose(plan, call, target, settings)
         except UnsupportedCallError:
-            return "none"
+            return "none", False
+        return decision.backend.name, _by_rule(decision)
 
     lengths = [shortest]
     longest = min(_LONGEST, MAX_TOKENS // 8 // workload.batch)
@@ -355,17 +435,18 @@ def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Wi
     return tuple(_changes(chosen, lengths))
 
 
-def _changes(chosen: Callable[[int], str], lengths: list[int]) -> list[Winner]:
-    winners = [Winner(0, chosen(lengths[0]))]
+def _changes(chosen: Callable[[int], tuple[str, bool]], lengths: list[int]) -> list[Winner]:
+    """The winners; ``chosen`` says which one is at a length, and whether a rule decides it."""
+    winners = [Winner(0, *chosen(lengths[0]))]
     for low, high in itertools.pairwise(lengths):
         after = chosen(high)
-        if after == winners[-1].backend:
+        if after == (winners[-1].backend, winners[-1].by_rule):
             continue
         # Lengths are drawn at random, so finer steps would be noise.
         while high - low > max(1, high // 64):
             middle = (low + high) // 2
             low, high = (low, middle) if chosen(middle) == after else (middle, high)
-        winners.append(Winner(high, after))
+        winners.append(Winner(high, *after))
     return winners
 
 
@@ -410,9 +491,20 @@ def _remark(option: Option, best: float | None) -> str:
         return f"{option.predicted_us / best:.2f} times as long"
     if option.status == "unmeasured":
         return "could run it; not measured"
+    if option.status == "chosen" and option.predicted_us is None:
+        return "chosen; not measured"
     if option.status in ("refuses", "set aside"):
         return f"{option.status}: {'; '.join(option.reasons)}"
     return option.status
+
+
+def _memory(option: Option) -> str:
+    size = option.predicted_bytes
+    return "-" if size is None else f"{size / 2**20:.1f} MiB"
+
+
+def _error(option: Option) -> str:
+    return "-" if option.expected_error is None else f"{option.expected_error:.2g}"
 
 
 def _shown(path: Path) -> str:

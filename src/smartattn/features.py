@@ -18,7 +18,7 @@ import torch
 from .backends import Backend
 from .backends.flash import bounds_suffice, skipping_pays
 from .backends.sdpa import needs_no_mask
-from .backends.splitting import Step, evenly
+from .backends.splitting import Step
 from .call import Call
 from .packing import packs_queries
 from .plan import Padding, Plan, count_tiled_pairs
@@ -50,7 +50,7 @@ FEATURES: dict[str, str] = {
     "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
     "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
-    "block_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
+    "busiest_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
     # Starting one and fetching what it needs takes time however few keys there are, which is most
     # of what many short sequences cost; "sequences" counts the heads that share a block, too.
     "blocks": "one query per sequence: 10^3 thread blocks, whose heads share their keys",
@@ -134,16 +134,16 @@ class Kernel(NamedTuple):
     tile: tuple[int, int] = (1, 1)
     #: Thread blocks of a decoding step that the device runs at once; 0 if unknown.
     slots: int = 0
-    #: Keys that the busiest of so many blocks walks: see
-    #: :meth:`~smartattn.backends.base.Backend.busiest`.
-    busiest: Callable[[Step, int], float] = evenly
+    #: Keys that the busiest of so many blocks walks, see
+    #: :meth:`~smartattn.backends.base.Backend.busiest`; only for decoding steps on known devices.
+    busiest: Callable[[Plan, Call, int], float] | None = None
 
     @staticmethod
     def of(backend: Backend, plan: Plan, call: Call, slots: int) -> Kernel:
         """The kernel that a backend runs a call with."""
         tiled = call.q_len > 1 and call.device.type != "cpu"
         tile = backend.tile(plan, call) if tiled else (1, 1)
-        return Kernel(tile, slots, backend.busiest)
+        return Kernel(tile, slots, backend.busiest if slots and call.q_len == 1 else None)
 
 
 #: One that counts every pair and knows of no blocks.
@@ -213,10 +213,9 @@ def _cut_up(work: _Work, plan: Plan, call: Call, kernel: Kernel) -> tuple[float,
     amounts[_PLACES["visible_tiles"]] = visible
     amounts[_PLACES["real_tiles"]] = real
     amounts[_PLACES["sequence_tiles"]] = visible if work.whole else real
-    if kernel.slots and call.q_len == 1:
-        step = Step.of(plan, call)
-        amounts[_PLACES["block_keys"]] = kernel.busiest(step, kernel.slots) * 1e-3
-        amounts[_PLACES["blocks"]] = step.blocks * 1e-3
+    if kernel.busiest is not None:
+        amounts[_PLACES["busiest_keys"]] = kernel.busiest(plan, call, kernel.slots) * 1e-3
+        amounts[_PLACES["blocks"]] = Step.of(plan, call).blocks * 1e-3
     return tuple(amounts)
 
 

@@ -57,7 +57,7 @@ _WALKS: dict[Walk, FloatArray] = {
     "padded": _columns(
         "call",
         "blocks",
-        "block_keys",
+        "busiest_keys",
         "sequences",
         "dense_tiles",
         "visible_tiles",
@@ -70,7 +70,7 @@ _WALKS: dict[Walk, FloatArray] = {
     "sequences": _columns(
         "call",
         "blocks",
-        "block_keys",
+        "busiest_keys",
         "groups",
         "sequenced",
         "sequences",
@@ -84,7 +84,7 @@ _WALKS: dict[Walk, FloatArray] = {
     "groups": _columns(
         "call",
         "blocks",
-        "block_keys",
+        "busiest_keys",
         "groups",
         "real_tiles",
         "dense_queries",
@@ -107,7 +107,7 @@ _NEEDED_AS = {
 _CREDIBLE_RATE = 0.5
 _PLACES = {name: place for place, name in enumerate(FEATURES)}
 #: Features that are unknown without the number of slots.
-_SLOTTED = [_PLACES["blocks"], _PLACES["block_keys"]]
+_SLOTTED = [_PLACES["blocks"], _PLACES["busiest_keys"]]
 #: The host does not see how much work a launch is, only how many launches there are.
 _LAUNCHES = _columns("call", "groups", "gathers", "sequenced")
 #: What is made once per forward: indices, masks, and what a kernel builds for lengths new to it.

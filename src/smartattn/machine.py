@@ -22,6 +22,10 @@ PLAIN = r"^[^\p{C}\p{Zl}\p{Zp}]*$"
 Line = Annotated[str, StringConstraints(pattern=PLAIN, max_length=300)]
 
 
+#: What names a device of any machine, for messages.
+DEVICE_NAMES = "'cpu', 'cuda' or 'cuda:N'"
+
+
 class Record(BaseModel):
     """A part of a profile: immutable, nothing coerced, no field that is not declared."""
 
@@ -56,6 +60,9 @@ class Versions(Record):
     torch: Line | None = None
     transformers: Line | None = None
     flash_attn: Line | None = None
+    #: The packages that FlashAttention-3 comes in; kernels are taken from the first that is there.
+    fa3_fwd: Line | None = None
+    flash_attn_3: Line | None = None
     cuda: Line | None = None
     cudnn: Line | None = None
     driver: Line | None = None
@@ -63,14 +70,20 @@ class Versions(Record):
     def differences(self, running: Versions) -> list[str]:
         """What differs in ``running``, as short phrases such as "torch 2.11 then, 2.13 now".
 
-        smartattn's own version is left out: a release does not change a kernel.
+        smartattn's own version is left out: a release does not change a kernel. So is
+        FlashAttention-3 where none was recorded: older profiles used it without saying so.
         """
         return [
             f"{field.replace('_', '-')} {then or 'absent'} then, {now or 'absent'} now"
             for field in type(self).model_fields
             if field != "smartattn"
             and (then := getattr(self, field)) != (now := getattr(running, field))
+            and not (then is None and field in _RECORDED_LATER)
         ]
+
+
+#: Fields that are unknown, rather than absent, where a profile has none.
+_RECORDED_LATER = ("fa3_fwd", "flash_attn_3")
 
 
 def identify(device: torch.device) -> Device | None:
@@ -107,6 +120,8 @@ def versions(kind: str) -> Versions:
         torch=_printable(str(torch.__version__)),
         transformers=_distribution("transformers"),
         flash_attn=_distribution("flash-attn") if cuda else None,
+        fa3_fwd=_distribution("fa3-fwd") if cuda else None,
+        flash_attn_3=_distribution("flash-attn-3") if cuda else None,
         cuda=torch.version.cuda if cuda else None,
         cudnn=None if cudnn is None else str(cudnn),
         driver=driver_version() if cuda else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,23 @@ class Batch:
     def tokens(self) -> int:
         """Real tokens."""
         return int(self.real.sum())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, tokens per row, padding included)."""
+        rows, length = self.real.shape
+        return rows, length
+
+
+def shapes_in_words(shapes: Sequence[tuple[int, int]]) -> str:
+    """The (rows, length) of batches, such as "8 x 1024" or "3 batches of 2 to 8 x 17 to 40"."""
+    if not shapes:
+        return "no batch"
+    sizes = (
+        f"{low}" if low == high else f"{low} to {high}"
+        for low, high in ((min(sizes), max(sizes)) for sizes in zip(*shapes, strict=True))
+    )
+    return f"{len(shapes)} batches of " * (len(shapes) > 1) + " x ".join(sizes)
 
 
 def load(

@@ -47,13 +47,14 @@ class When(Record):
     """Conditions of a rule, all of which must hold; None says nothing.
 
     Lengths are in tokens and bounds inclusive; ``min_padding_share`` is the share of keys that are
-    padding, 0 to 1.
+    padding, 0 to 1. ``min_q_len`` keeps decoding out.
     """
 
     device: Literal["cuda", "cpu"] | None = None
     padded: bool | None = None
     packed: bool | None = None
     causal: bool | None = None
+    min_q_len: Tokens | None = None
     min_kv_len: Tokens | None = None
     max_kv_len: Tokens | None = None
     min_padding_share: Share | None = None
@@ -65,6 +66,7 @@ class When(Record):
             and (self.padded is None or plan.is_padded == self.padded)
             and (self.packed is None or plan.is_packed == self.packed)
             and (self.causal is None or plan.is_causal == self.causal)
+            and (self.min_q_len is None or call.q_len >= self.min_q_len)
             and (self.min_kv_len is None or call.kv_len >= self.min_kv_len)
             and (self.max_kv_len is None or call.kv_len <= self.max_kv_len)
             and (self.min_padding_share is None or plan.padding_share >= self.min_padding_share)

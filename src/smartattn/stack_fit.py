@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from .least_squares import FloatArray
+from .plan import BoolArray
 from .samples import Header, StackSample
 from .stack_rule import MAX_WIDTH, MAX_WORK, StackRule, StackWhen
 
@@ -58,7 +59,8 @@ def fit_stack_rules(
     rules = []
     for when in _bounds(samples, kind, _width(samples)):
         inside = np.array([_holds(when, sample, kind) for sample in samples])
-        because = f"{measured}: from there on {_times(speedups[inside])} ({described})"
+        batches = f"{_count(inside)} with at least this padding and work"
+        because = f"{measured}: {batches} ran {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
         covered |= inside
     beyond = [
@@ -68,8 +70,9 @@ def fit_stack_rules(
     ]
     because = f"{measured}: smaller batches and less padding were not timed"
     if not covered.all():
-        where = "less padding or work:" if rules else f"nowhere {MARGIN:.0%} faster for certain,"
-        because = f"{measured}: {where} {_times(speedups[~covered])} ({described})"
+        batches = f"{_count(~covered)} {'with less padding or work ' if rules else ''}ran"
+        certain = "" if rules else f", none of them {MARGIN:.0%} faster for certain"
+        because = f"{measured}: {batches} {_times(speedups[~covered])}{certain} ({described})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)
     return (*rules, *beyond, never)
 
@@ -157,10 +160,15 @@ def _rounded_down(value: float, digits: int = 3) -> float:
     return float(f"{math.floor(value / unit) * unit:.{digits}g}")
 
 
+def _count(which: BoolArray) -> str:
+    count = int(which.sum())
+    return f"{count} batch{'es' * (count != 1)}"
+
+
 def _times(speedups: FloatArray) -> str:
-    low, high = float(speedups.min()), float(speedups.max())
-    count = f"{len(speedups)} batch{'es' * (len(speedups) != 1)}"
-    return f"{low:.2f} to {high:.2f} times as fast in {count}"
+    low, high = f"{speedups.min():.2f}", f"{speedups.max():.2f}"
+    span = low if low == high else f"{low} to {high}"
+    return f"{span} times as fast packed as padded"
 
 
 def _described(samples: Sequence[StackSample]) -> str:

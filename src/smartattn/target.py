@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from . import profile as profiles
 from .backends import Backend
 from .call import Call
-from .machine import Device, identify
+from .machine import DEVICE_NAMES, Device, identify
 from .plan import Plan
 from .profile import Found, ProfileError
 
@@ -49,18 +50,17 @@ def target_of(given: torch.device | str | None) -> Target:
         return _elsewhere(str(given))
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            names = ", ".join(sorted(known_devices())) or "none"
+            names = _quoted(known_devices())
             raise ValueError(
                 f"this torch sees no CUDA device; name one that was measured instead: {names}"
             )
         if ":" not in str(device):
             device = torch.device("cuda", torch.cuda.current_device())
         elif device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"there is no {device}, the last one is {torch.cuda.device_count() - 1}"
-            )
+            last = torch.device("cuda", torch.cuda.device_count() - 1)
+            raise ValueError(f"there is no {str(device)!r}, the last one is {str(last)!r}")
     elif device.type != "cpu":
-        raise ValueError(f"device {given!s} is not covered; use cpu, cuda or cuda:N")
+        raise ValueError(f"device {str(given)!r} is not covered; use {DEVICE_NAMES}")
     return Target(device, identify(device), profiles.found_for(device), here=True)
 
 
@@ -74,8 +74,14 @@ def _elsewhere(name: str) -> Target:
                     return Target(one, device, profiles.found_for(one), here=True)
             # torch.device("cuda") is only a name here: nothing is put there.
             return Target(torch.device(device.kind), device, profiles.find(device), here=False)
-    names = ", ".join(sorted(devices)) or "none"
-    raise ValueError(f"{name!r} is no device here and none that was measured; these were: {names}")
+    raise ValueError(
+        f"{name!r} is no device here and none that was measured; these were: {_quoted(devices)}"
+    )
+
+
+def _quoted(devices: Iterable[str]) -> str:
+    """Names as a list; in quotes, since some have a comma."""
+    return ", ".join(map(repr, sorted(devices))) or "none"
 
 
 def known_devices() -> dict[str, Device]:

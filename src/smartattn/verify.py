@@ -92,6 +92,8 @@ class Verification:
     #: Largest relative difference that was allowed for smart, and what is wrong with it if it is.
     allowed: float
     problem: str | None
+    #: (rows, tokens per row, padding included) of each batch.
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -144,6 +146,7 @@ def verify(
         padding_tokens=sum(batch.real.numel() - batch.tokens for batch in batches),
         allowed=allowed,
         problem=_problem(smart, allowed),
+        shapes=tuple(batch.shape for batch in batches),
     )
 
 

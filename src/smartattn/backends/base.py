@@ -137,12 +137,12 @@ class Backend(ABC):
         """
         return (128, 128)
 
-    def busiest(self, step: Step, slots: int) -> float:
+    def busiest(self, plan: Plan, call: Call, slots: int) -> float:
         """Keys that the busiest of ``slots`` thread blocks walks in a decoding step on a GPU.
 
         ``slots`` are :attr:`blocks_per_processor` of each multiprocessor.
         """
-        return splitting.evenly(step, slots)
+        return splitting.evenly(Step.of(plan, call), slots)
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         """This call would need a (q_len, kv_len) mask in memory."""

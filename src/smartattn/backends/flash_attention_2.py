@@ -22,7 +22,6 @@ from .flash import (
     Route,
     bind_dense,
     bind_varlen,
-    bind_whole,
     flash_2_tile,
     on_rocm,
     route,
@@ -132,8 +131,8 @@ class FlashAttention2Backend(Backend):
     def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
         return flash_2_tile(call)
 
-    def busiest(self, step: Step, slots: int) -> float:
-        return splitting.flash_2(step, slots)
+    def busiest(self, plan: Plan, call: Call, slots: int) -> float:
+        return splitting.flash_2(Step.of(plan, call), slots)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         if not call.grad and not call.dropout and _extension() is not None:
@@ -143,8 +142,7 @@ class FlashAttention2Backend(Backend):
 
 def _parts(plan: Plan, call: Call) -> int:
     """``num_splits`` of a decoding step; 0 lets the kernel choose."""
-    count = processors(plan.device)
-    if call.q_len > 1 or plan.sequences is None or not count:
+    if call.q_len > 1 or plan.sequences is None or not (count := processors(call.device)):
         return 0
     return splitting.flash_2_parts(Step.of(plan, call), FLASH_2_BLOCKS * count)
 
@@ -163,7 +161,7 @@ def _bind_public(package: Any, plan: Plan, call: Call) -> Runner:
         bounds = plan.key_bounds()
         options |= {"cache_seqlens": bounds.end, "cache_leftpad": bounds.start}
         options["num_splits"] = _parts(plan, call)
-        return bind_whole(functools.partial(package.flash_attn_with_kvcache, **options))
+        return bind_dense(functools.partial(package.flash_attn_with_kvcache, **options), plan, call)
     options |= {"dropout_p": call.dropout, "deterministic": call.deterministic}
     if how is Route.DENSE:
         return bind_dense(functools.partial(package.flash_attn_func, **options), plan, call)
@@ -193,8 +191,9 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
     facts = Facts.of(plan, call)
     scale, causal, (left, right), softcap = facts.scale, facts.causal, facts.window, facts.softcap
     how = route(plan, call, key_bounds=True, in_place=True, used_keys=True)
-    parts = _parts(plan, call)
-    if how is Route.KEY_BOUNDS or (how is Route.DENSE and parts and not plan.is_padded):
+    direct = how is Route.KEY_BOUNDS or (how is Route.DENSE and not plan.is_padded)
+    parts = _parts(plan, call) if direct else 0
+    if how is Route.KEY_BOUNDS or parts:
         fwd_kvcache = extension.fwd_kvcache
         start = end = None
         if how is Route.KEY_BOUNDS:
@@ -226,7 +225,7 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
             )[0]
             return output
 
-        return bind_dense(bounded, plan, call) if how is Route.DENSE else bind_whole(bounded)
+        return bind_dense(bounded, plan, call)
     if how is Route.DENSE:
         fwd = extension.fwd
 

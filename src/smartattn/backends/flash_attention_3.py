@@ -145,8 +145,8 @@ class FlashAttention3Backend(Backend):
             rows = max(1, rows // group)
         return rows, columns
 
-    def busiest(self, step: Step, slots: int) -> float:
-        return splitting.flash_3(step, slots)
+    def busiest(self, plan: Plan, call: Call, slots: int) -> float:
+        return splitting.flash_3(Step.of(plan, call), slots)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         how = _route(plan, call, in_place=True)

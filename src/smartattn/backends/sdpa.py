@@ -11,7 +11,7 @@ from ..call import Call, Runner
 from ..machine import processors
 from ..plan import Padding, Pattern, Plan
 from . import splitting
-from .base import Backend, Support
+from .base import HALF_PRECISION, Backend, Support
 from .splitting import Step
 
 
@@ -26,14 +26,15 @@ class SdpaBackend(Backend):
     indispensable = True
     support = Support(
         mixed_head_dims=True,
-        features=frozenset({"dropout", "position_bias", "mixed dtypes"}),
+        features=frozenset({"dropout", "position_bias", "mixed dtypes", "broadcast batches"}),
     )
 
     def uses_dense_mask(self, plan: Plan, call: Call) -> bool:
         return not needs_no_mask(plan, call)
 
-    def busiest(self, step: Step, slots: int) -> float:
-        return splitting.cudnn(step, slots)
+    def busiest(self, plan: Plan, call: Call, slots: int) -> float:
+        share = splitting.cudnn if call.dtype in HALF_PRECISION else splitting.evenly
+        return share(Step.of(plan, call), slots)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         unmasked = needs_no_mask(plan, call)

@@ -35,6 +35,8 @@ _WHOLE, _LARGE_HEAD = 1.9, 128
 #: of one sequence, and more than 16 of one. Caches of fewer keys were not measured.
 _PART, _PUT_TOGETHER, _MANY, _MANY_PARTS, _FEWEST_KEYS = 256, 16, 400, 16, 512
 _PARTS = np.array([*range(2, 17), 20, 24, 32, 48, 64, 96, 128])
+#: Bytes of what parts leave to be put together, in float32, at most.
+_WORKSPACE = 2**26
 #: Time of cuDNN's waves: of one block per processor or less, of up to two, and of exactly two with
 #: others to come.
 _FIRST, _SECOND, _BOTH = 1.0, 1.5, 1.7
@@ -45,13 +47,15 @@ class Step(NamedTuple):
 
     ``blocks`` counts thread blocks before any keys are cut: sequences x key/value heads, more for
     groups of many heads. ``lengths`` are the real keys per sequence, ``visible`` the keys of the
-    padded tensors.
+    padded tensors, without the empty rest of a static cache.
     """
 
     blocks: int
     lengths: IntArray
     visible: int
     head_dim: int
+    #: Of the query.
+    heads: int = 1
     windowed: bool = False
 
     @staticmethod
@@ -60,7 +64,8 @@ class Step(NamedTuple):
         assert plan.sequences is not None
         lengths = plan.sequences.k_length
         blocks = len(lengths) * call.kv_heads * -(-call.group_size // _BLOCK_HEADS)
-        return Step(blocks, lengths, plan.visible, call.head_dim, plan.window_matters)
+        heads, windowed = call.heads, plan.window_matters
+        return Step(blocks, lengths, plan.visible, call.head_dim, heads, windowed)
 
     @property
     def longest(self) -> int:
@@ -88,8 +93,7 @@ def flash_2(step: Step, slots: int) -> float:
     """
     if _is_cut(step):
         return _best_parts(step, slots)[1]
-    tile = _flash_tile(step.head_dim)
-    tiles = -(-step.visible // tile)
+    tile, tiles = _flash_tile(step.head_dim), _tiles(step.visible, step.head_dim)
     parts = _flash_parts(step.blocks, slots, tiles, distinct=True)
     if parts == 1:
         times = _WHOLE if step.head_dim <= _LARGE_HEAD else 1.0
@@ -109,25 +113,29 @@ def flash_2_parts(step: Step, slots: int) -> int:
 
 
 def _is_cut(step: Step) -> bool:
-    return step.visible >= _FEWEST_KEYS and not step.windowed and step.blocks > 0
+    room = _PARTS[0] <= _most_parts(step)
+    return step.visible >= _FEWEST_KEYS and not step.windowed and step.blocks > 0 and bool(room)
+
+
+def _most_parts(step: Step) -> int:
+    rows = max(1, len(step.lengths) * step.heads)
+    return min(_WORKSPACE // (4 * rows * (step.head_dim + 1)), _tiles(step.visible, step.head_dim))
 
 
 def _best_parts(step: Step, slots: int) -> tuple[int, float]:
     # Who predicts a step and who runs it ask the same.
-    facts = (step.blocks, step.visible, step.head_dim)
-    return _fewest_keys(step.lengths.astype(np.int64).tobytes(), *facts, slots)
+    lengths = step.lengths.astype(np.int64).tobytes()
+    return _fewest_keys(lengths, step.blocks, step.visible, step.head_dim, _most_parts(step), slots)
 
 
 @functools.lru_cache(maxsize=64)
 def _fewest_keys(
-    int64_lengths: bytes, blocks: int, visible: int, head_dim: int, slots: int
+    int64_lengths: bytes, blocks: int, visible: int, head_dim: int, most: int, slots: int
 ) -> tuple[int, float]:
     """The best number of parts, and the keys of the busiest place with what parts cost beyond."""
     lengths = np.frombuffer(int64_lengths, dtype=np.int64)
-    tile = _flash_tile(head_dim)
-    tiles = -(-visible // tile)
-    numbers = _PARTS[: np.searchsorted(_PARTS, tiles, side="right")]
-    part = -(-tiles // numbers) * tile
+    numbers = _PARTS[: np.searchsorted(_PARTS, most, side="right")]
+    part = -(-_tiles(visible, head_dim) // numbers) * _flash_tile(head_dim)
     busy = (-(-lengths[:, None] // part)).sum(0) * (blocks // len(lengths))
     keys = (np.minimum(part, lengths.max()) + _PART) * -(-busy // slots)
     keys += _PUT_TOGETHER * numbers + _MANY * (numbers > _MANY_PARTS)
@@ -136,15 +144,22 @@ def _fewest_keys(
 
 
 def _flash_tile(head_dim: int) -> int:
+    """Keys per tile of FlashAttention-2's kernel for caches."""
     return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
 
 
-def flash_3(step: Step, slots: int) -> float:
-    """The same for FlashAttention-3.
+def _tiles(keys: int, head_dim: int) -> int:
+    return -(-keys // _flash_tile(head_dim))
 
-    Source: ``num_splits_heuristic`` in hopper/heuristics.h of flash-attention.
+
+def flash_3(step: Step, slots: int) -> float:
+    """The same for FlashAttention-3, roughly: with padding it looks at each sequence on the device.
+
+    Source: ``num_splits_heuristic`` in hopper/heuristics.h, ``tile_size_fwd_sm90`` in
+    hopper/tile_size.h of flash-attention.
     """
-    tile = _flash_tile(step.head_dim)
+    dims = (64, 96, 128)
+    tile = (192, 144, 176, 80)[sum(step.head_dim > dim for dim in dims)]
     tiles = -(-step.visible // tile)
     parts = _flash_parts(step.blocks, slots, tiles, distinct=False) if tiles > 4 else 1
     if parts == 1:
@@ -155,9 +170,10 @@ def flash_3(step: Step, slots: int) -> float:
 
 
 def cudnn(step: Step, processors: int) -> float:
-    """The same for cuDNN, which torch's SDPA runs on recent GPUs: a power of two of parts.
+    """The same for cuDNN, which torch's SDPA runs on recent GPUs, of a place per processor.
 
-    It reads padding, too. Source: the grids that its kernels are launched with on an H200.
+    It cuts sequences into a power of two of parts, and reads padding, too. Source: the grids that
+    its kernels are launched with on an H200.
     """
     parts = cudnn_parts(step, processors)
     waves, rest = divmod(step.blocks * parts, 2 * processors)
