@@ -66,6 +66,9 @@ class FakeProfile:
             return None
         return Estimate(us, self.memory.get(backend), self.errors.get(backend))
 
+    def reach(self, backends: list[str], plan: Plan, call: Call) -> int | None:
+        return None
+
     def rule(self, plan: Plan, call: Call) -> Rule | None:
         return None if self.prefer is None else Rule(prefer=self.prefer, because="a test says so")
 

@@ -509,6 +509,21 @@ def test_extrapolation_has_bounds() -> None:
     assert found.predict("sdpa", beyond, call_for(beyond)) is None
 
 
+def test_a_reason_says_where_predictions_end() -> None:
+    costs = [cost("sdpa", {"call": 1.0}, longest_kv_len=32)]
+    costs.append(cost("sdpa_unpadded", {"call": 2.0}, longest_kv_len=16))
+    rules = [{"when": {"padded": True}, "prefer": ["sdpa_unpadded"], "because": "a rule"}]
+    for given, says in ((rules, ": a rule"), ([], "; first in order")):
+        found = Profile.model_validate_json(json.dumps(content(costs=costs, rules=given)))
+        within, beyond = padded_plan(2, 16 * MAX_EXTRAPOLATION), padded_plan(2, 2000)
+        assert "fastest" in choose(within, call_for(within), found, BACKENDS).reason
+        reason = choose(beyond, call_for(beyond), found, BACKENDS).reason
+        assert f"mine beyond 1,024 tokens, the longest that it predicts{says}" in reason
+        # Nothing was measured of such calls at any length.
+        half = choose(beyond, call_for(beyond, dtype=torch.bfloat16), found, BACKENDS).reason
+        assert "beyond" not in half
+
+
 def test_head_dims_between_and_above_the_measured_ones() -> None:
     plan = padded_plan()
     found = predicting(cost("sdpa", {"call": 10.0}), cost("sdpa", {"call": 30.0}, head_dim=128))

@@ -22,20 +22,33 @@ def _call(batch: int, q_len: int, **changes: object) -> Call:
     return replace(call, **changes)
 
 
+def _slack(call: Call, causal: bool = True) -> float:
+    pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
+    plan = Plan(call.batch, call.q_len, call.kv_len, pattern, CUDA, shift=call.kv_len - call.q_len)
+    return LAYER.slack_us(plan, call)
+
+
 def test_one_token_reads_the_weights_and_waits_for_the_host() -> None:
     read_us = 12 * 2048**2 * 2 / 4e6
-    assert LAYER.slack_us(_call(1, 1)) == pytest.approx(read_us - 300.0)
-    assert LAYER.slack_us(_call(1, 1)) < 0
+    assert _slack(_call(1, 1)) == pytest.approx(read_us - 300.0)
+    assert _slack(_call(1, 1)) < 0
 
 
 def test_many_tokens_multiply_and_wait_for_the_device() -> None:
     multiply_us = 2 * 12 * 2048**2 * 8 * 4096 / 5e8
-    assert LAYER.slack_us(_call(8, 4096)) == pytest.approx(multiply_us - 300.0)
-    assert LAYER.slack_us(_call(8, 4096)) > 0
+    assert _slack(_call(8, 4096)) == pytest.approx(multiply_us - 300.0)
+    assert _slack(_call(8, 4096)) > 0
+
+
+def test_the_layer_of_an_encoder_launches_less() -> None:
+    causal, encoder = (_slack(_call(8, 512), causal) for causal in (True, False))
+    assert encoder - causal == pytest.approx(0.6 * 300.0)
+    # One query that sees everything is cross-attention in a decoder.
+    assert _slack(_call(8, 1), causal=False) == _slack(_call(8, 1))
 
 
 def test_a_backward_costs_the_device_more_than_the_host() -> None:
-    forward, train = LAYER.slack_us(_call(8, 512)), LAYER.slack_us(_call(8, 512, grad=True))
+    forward, train = _slack(_call(8, 512)), _slack(_call(8, 512, grad=True))
     assert train + 2 * 300.0 == pytest.approx(3 * (forward + 300.0))
 
 

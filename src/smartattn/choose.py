@@ -133,13 +133,19 @@ def choose(
             estimates.append((backend, estimate))
     if len(estimates) > 1:
         return decide(*_best(estimates, objective, profile.name))
+    reach = profile.reach([backend.name for backend in candidates], plan, call)
+    beyond = ""
+    if reach is not None and call.kv_len > reach:
+        beyond = f" beyond {reach:,} tokens, the longest that it predicts"
     rule = profile.rule(plan, call)
     if rule is not None:
         for name in rule.prefer:
             for backend in candidates:
                 if backend.name == name:
-                    return decide(backend, f"rule of profile {profile.name}: {rule.because}")
-    return decide(candidates[0], f"no measurement in profile {profile.name}; first in order")
+                    source = f"rule of profile {profile.name}{beyond}: {rule.because}"
+                    return decide(backend, source)
+    nothing = f"no measurement in profile {profile.name}{beyond}; first in order"
+    return decide(candidates[0], nothing)
 
 
 def _best(

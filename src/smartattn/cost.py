@@ -179,13 +179,9 @@ class Predictor:
         if regime is None:
             return None
         mode, wanted_dim = regime.mode, regime.head_dim
-        models = self._models_of(backend, regime, call.device.type)
-        if models is None:
+        model = self._model_of(backend, regime, call.device.type)
+        if model is None:
             return None
-        # The smallest measured head_dim that holds this one: kernels pad to the next size.
-        for model in models:
-            if model.head_dim >= wanted_dim:
-                break
         scale = fixed_scale = max(1.0, wanted_dim / model.head_dim)
         if call.kv_len > model.longest or scale > MAX_HEAD_DIM_SCALE:
             return None
@@ -203,7 +199,7 @@ class Predictor:
         slack_us = 0.0
         bottleneck: Literal["host", "device"] | None = None
         if self._surroundings is not None:
-            slack_us = self._surroundings.slack_us(call)
+            slack_us = self._surroundings.slack_us(plan, call)
             bottleneck = "host" if slack_us < 0 else "device"
         return Estimate(
             us=waited_us(host_us, device_us, slack_us) + _weighted(model.prepare, amounts) / LAYERS,
@@ -212,6 +208,25 @@ class Predictor:
             build_us=model.build_us,
             bottleneck=bottleneck,
         )
+
+    def reach(self, backends: Collection[str], plan: Plan, call: Call) -> int | None:
+        """The longest key length, in tokens, at which two of some backends are predicted.
+
+        None where no two of them have a model of such calls.
+        """
+        regime = _seen(plan, call).regime
+        if regime is None:
+            return None
+        models = (self._model_of(name, regime, call.device.type) for name in backends)
+        reaches = sorted(model.longest for model in models if model is not None)
+        return reaches[-2] if len(reaches) > 1 else None
+
+    def _model_of(self, backend: str, regime: Regime, kind: str) -> _Model | None:
+        models = self._models_of(backend, regime, kind)
+        if models is None:
+            return None
+        # The smallest measured head_dim that holds this one: kernels pad to the next size.
+        return next((one for one in models if one.head_dim >= regime.head_dim), models[-1])
 
     def _models_of(self, backend: str, regime: Regime, kind: str) -> list[_Model] | None:
         """The models of a regime on a kind of device, or of one that stands for it."""

@@ -117,7 +117,8 @@ def timings(
         if sample.status == "ok" and sample.device_us > 0:
             slack_us = 0.0
             if surroundings is not None:
-                slack_us = surroundings.slack_us(sample.workload.call(device))
+                workload = sample.workload
+                slack_us = surroundings.slack_us(workload.plan(device), workload.call(device))
             found[sample.workload][sample.backend] = sample.us(slack_us)
     return {workload: us for workload, us in found.items() if len(us) > 1}
 

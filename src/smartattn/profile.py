@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -180,6 +180,13 @@ class Profile(Record):
     def estimate(self, backend: str, plan: Plan, call: Call) -> Estimate | None:
         """Predicted time, peak memory and error of a call, None where :meth:`predict` is."""
         return self.predictor.estimate(backend, plan, call)
+
+    def reach(self, backends: Sequence[str], plan: Plan, call: Call) -> int | None:
+        """The longest key length, in tokens, at which two of some backends are predicted.
+
+        None where no two of them have a model of such calls.
+        """
+        return self.predictor.reach(backends, plan, call)
 
     def rule(self, plan: Plan, call: Call) -> Rule | None:
         """The first rule whose conditions hold."""
