@@ -207,7 +207,7 @@ these kernels, "better / free" with any."""
 
 def main() -> None:
     """Runs the benchmark, prints its table and writes what was asked for."""
-    arguments = common.parser(__doc__, rounds=9, seconds=1.5).parse_args()
+    arguments = common.parser(__doc__, rounds=30, seconds=2.0).parse_args()
     register()
     grid = tiny_workloads() if arguments.tiny else workloads()
     runs = common.runs_of(arguments, Result, grid, models.build, measure, row, table)

@@ -74,6 +74,8 @@ class Result:
     #: Peak of the memory that tensors hold, weights included.
     peak_mib: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    #: Rounds that the medians are of.
+    rounds: int = 0
     chosen: str = ""
     #: Backends whose kernels were not built when the rounds began, although they are faster.
     waiting_for: str = ""
@@ -88,6 +90,18 @@ class Result:
         """Time of the better of the two others divided by that of smart."""
         others = [over for name in IMPLEMENTATIONS[:2] if (over := self.over(name)) is not None]
         return min(others) if others else None
+
+    @property
+    def uncertainty(self) -> float | None:
+        """Standard error of :attr:`speedup`, relative, taking times as normally distributed."""
+        if self.rounds < 3 or self.speedup is None:
+            return None
+        others = [name for name in IMPLEMENTATIONS[:2] if name in self.median_ms]
+        better = min(others, key=lambda name: self.median_ms[name])
+        # 1.349 standard deviations are the interquartile range, 1.253 / sqrt(n) of them the error
+        # of a median.
+        errors = (self.spread_ms[name] / self.median_ms[name] for name in (better, "smart"))
+        return 1.253 / 1.349 * math.hypot(*errors) / math.sqrt(self.rounds)
 
 
 def workloads() -> Iterator[Workload]:
@@ -292,6 +306,9 @@ def measure(
         end: of ``time.perf_counter()``, when the fewest rounds have to do.
     """
     result = Result(workload.name)
+    if workload.task.startswith("stream"):
+        # Each is long, and brings its own batches.
+        rounds = min(rounds, FEWEST_ROUNDS)
     # Round 0 is for the output and the first call alone.
     run, real = task(workload, model, device, rounds + 1)
     times: dict[str, list[float]] = {}
@@ -337,6 +354,7 @@ def measure(
         for name in order:
             model.set_attn_implementation(name)
             times[name].append(timed(lambda: run(number_), device)[0])  # noqa: B023
+        result.rounds = number_
         if number_ >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
     for name, values_ms in times.items():
@@ -422,7 +440,7 @@ def main() -> None:
     """Runs the benchmark, prints its table and writes what was asked for."""
     from . import models_page
 
-    parser = common.parser(__doc__, rounds=9, seconds=2.0)
+    parser = common.parser(__doc__, rounds=40, seconds=2.0)
     parser.add_argument("--plot", type=Path, help="where to draw the speed-ups, PNG")
     arguments = parser.parse_args()
     grid = tiny_workloads() if arguments.tiny else workloads()

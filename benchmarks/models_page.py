@@ -239,14 +239,19 @@ def page(runs: Sequence[Run], plot_file: Path | None = None) -> list[str]:
         ]
     for run in runs:
         above = [
-            (result.workload, f"{share:.3f}", result.chosen)
+            (
+                result.workload,
+                f"{share:.3f}",
+                number(result.uncertainty, ".3f"),
+                result.chosen,
+            )
             for result in run.results
             if (share := ratio(result)) is not None and share > _WORST
         ]
         if above:
             above.sort(key=lambda cells: cells[1], reverse=True)
             parts += [f"Above {_WORST}, {run.label}:"]
-            parts += [markdown(("workload", "smart / better", "chosen"), above)]
+            parts += [markdown(("workload", "smart / better", "standard error", "chosen"), above)]
     parts += [
         "## First call",
         "Milliseconds of the first call in the process, which builds and loads what later ones\n"

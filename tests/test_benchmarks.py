@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from benchmarks import (
@@ -105,7 +106,7 @@ def test_the_page_says_what_was_wanted_and_reached(
     bound = "bert-large forward 32x128, padded: smart / sdpa, the worst"
     assert found[bound, fa3] == ("1.010, bert-large forward 32x128 pad25% right", "missed")
     text = page.read_text()
-    assert text.count("| bert-large forward 1x128 | 1.050 | some_backend |") == 1
+    assert text.count("| bert-large forward 1x128 | 1.050 | - | some_backend |") == 1
     assert "fa3-fwd 0.0.3" in text
     # Without flash-attn there is nothing to compare with but sdpa.
     assert not any("FA2 / smart" in what for what, run in found if run == "without flash-attn"
@@ -215,10 +216,27 @@ def test_models_are_measured_and_compared() -> None:
         assert result.median_ms.keys() == result.first_ms.keys() == {"sdpa", "smart"}
         assert "flash_attention_2" in result.failed
         assert result.speedup == result.median_ms["sdpa"] / result.median_ms["smart"]
+        assert result.rounds == 3
         if workload.task == "generate":
             assert result.equal_tokens == {"sdpa": 1.0, "smart": 1.0}
         else:
             assert result.difference["smart"] < 1e-5
+
+
+def test_the_uncertainty_of_a_ratio_is_that_of_medians() -> None:
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(400):
+        medians, spreads = {}, {}
+        for name, mean in (("sdpa", 12.0), ("flash_attention_2", 20.0), ("smart", 10.0)):
+            times = rng.normal(mean, 0.05 * mean, 25)
+            medians[name], spreads[name] = common.middle(times.tolist())
+        ratios.append(models.Result("a", median_ms=medians, spread_ms=spreads, rounds=25))
+    errors = np.std([math.log(result.speedup or 0.0) for result in ratios])
+    stated = np.mean([result.uncertainty or 0.0 for result in ratios])
+    assert stated == pytest.approx(errors, rel=0.15)
+    ratios[0].rounds = 2
+    assert ratios[0].uncertainty is None
 
 
 def test_bounds_are_of_the_batch_without_its_attention() -> None:

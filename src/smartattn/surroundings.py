@@ -39,10 +39,9 @@ class Surroundings(Record):
     """The rest of a layer on one device, as far as a call tells of it.
 
     ``host_us`` is what the other launches of a decoder's layer take, in microseconds of a forward;
-    an encoder's has fewer. A layer's
-    weights are taken to be 12 times its squared width (heads x head_dim), and its device time that
-    of multiplying by them: ``flops_per_us`` and ``bytes_per_us`` are what the device reached with
-    many tokens and with one.
+    an encoder's has fewer. A layer's weights are taken to be 12 times its squared width
+    (heads x head_dim), and its device time that of multiplying by them: ``flops_per_us`` and
+    ``bytes_per_us`` are what the device reached with many tokens and with one.
     """
 
     host_us: Positive
