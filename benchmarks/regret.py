@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +34,7 @@ from smartattn.machine import Device, identify, processors, versions
 from smartattn.measure import Patience, free_memory, measure, warm_up
 from smartattn.profile import Profile
 from smartattn.samples import Header, Sample
+from smartattn.surroundings import Surroundings
 from smartattn.workload import Side, Workload
 
 #: (heads, kv_heads, head_dim) of models that are in use: BERT, ViT, GPT-2, Llama, Qwen, Mistral,
@@ -151,6 +153,23 @@ def policies(made: Profile) -> dict[str, Policy]:
     }
 
 
+def remembered(
+    earlier: Sequence[Sample], device: torch.device, surroundings: Surroundings | None = None
+) -> Policy:
+    """What was fastest when the same calls were timed another time: nobody can predict better.
+
+    Args:
+        surroundings: the layers that the calls are in, as in :func:`smartattn.evaluate.judge`.
+    """
+    known = evaluate.timings(earlier, device, surroundings)
+
+    def pick(workload: Workload, device: torch.device, names: Sequence[str]) -> str | None:
+        us = known.get(workload, {})
+        return min((name for name in names if name in us), key=lambda name: us[name], default=None)
+
+    return pick
+
+
 def in_force(device: Device, given: Path | None) -> tuple[Profile, str]:
     """The profile that a process on this device would use, and where it is from."""
     if given is not None:
@@ -252,6 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="where to write raw timings (safetensors)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--against", type=Path, help="another profile, to compare the choices with")
+    parser.add_argument(
+        "--again",
+        type=Path,
+        help="raw timings of the same calls at another time: what going by them would lose",
+    )
     parser.add_argument("--folds", type=int, default=0, help="with --samples: cross-validate")
     given = parser.parse_args(arguments)
     if given.samples is not None:
@@ -267,10 +291,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"raw timings: {keep}")
     made, source = in_force(header.device, given.profile)
     device = torch.device(header.device.kind)
-    judged = {name: evaluate.judge(taken, pick, device) for name, pick in policies(made).items()}
+    again = [] if given.again is None else samples.load(given.again)[1]
+    picks = policies(made)
+    if again:
+        picks |= {"timed another time": remembered(again, device)}
+    judged = {name: evaluate.judge(taken, pick, device) for name, pick in picks.items()}
     if (layer := made.surroundings) is not None:
         # Host and device wait for each other only within a layer; there another backend may win.
-        picks = policies(made) | {"profile": evaluate.by_profile(made, layer)}
+        picks |= {"profile": evaluate.by_profile(made, layer)}
+        if again:
+            picks |= {"timed another time": remembered(again, device, layer)}
         judged |= {
             f"{name}, in a layer": evaluate.judge(taken, pick, device, layer)
             for name, pick in picks.items()

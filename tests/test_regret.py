@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from benchmarks import regret
 
-from smartattn import grid, profile, samples
+from smartattn import evaluate, grid, profile, samples
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "calibration" / "samples" / "nvidia-h200-default.safetensors"
@@ -120,3 +121,26 @@ def test_agreement_is_counted() -> None:
     found = regret.Agreement.of(one, other)
     assert (found.calls, found.same, found.close) == (6, pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found.mean_loss == pytest.approx((0.04 + 0.5) / 2)
+
+
+def test_what_going_by_timings_of_another_time_loses() -> None:
+    header, taken = samples.load(SHIPPED)
+    device = torch.device(header.device.kind)
+    with_flash = {
+        one.workload for one in taken if one.backend == "flash_attention_2" and one.status == "ok"
+    }
+    taken = [one for one in taken if one.workload in with_flash]
+    # As if FlashAttention-2 had been a hundred times as fast then.
+    earlier = [
+        replace(one, host_us=one.host_us / 100, device_us=one.device_us / 100, prepare_us=0.0)
+        if one.backend == "flash_attention_2"
+        else one
+        for one in taken
+    ]
+    pick = regret.remembered(earlier[: len(earlier) // 2], device)
+    judged = evaluate.judge(taken, pick, device)
+    assert {one.chosen for one in judged} == {"flash_attention_2"}
+    # Calls that were not timed then are not judged.
+    assert 0 < len(judged) < len(evaluate.judge(taken, evaluate.always("sdpa"), device))
+    same = evaluate.judge(taken, regret.remembered(taken, device), device)
+    assert all(one.regret == 1.0 for one in same)

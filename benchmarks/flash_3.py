@@ -1,0 +1,163 @@
+"""What FlashAttention-3 could be told beside its batch: the work's schedule, and heads kept apart.
+
+Run from the repository's root on a Hopper GPU: ``python -m benchmarks.flash_3``. Calls whose rows
+are of several lengths are scheduled by a kernel of their own, unless they bring the schedule along
+(``schedule``), which all layers of a forward could share. The heads of a group share a tile in such
+calls, which short sequences need, and which takes another way to load queries (``apart``: they do
+not). Microseconds of the host and the device, beside what is asked for now.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from smartattn.backends import flash_attention_3
+from smartattn.timing import interleaved
+
+from . import common
+
+FORMS = ("now", "schedule", "apart", "schedule, apart")
+#: Largest difference of two forms, relative to the largest value.
+_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call with lengths drawn uniformly, half of the tokens being padding.
+
+    ``how``: "decode" and "prefill" give first and last keys of padded rows, "packed" sequences.
+    """
+
+    how: str
+    causal: bool
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+SHAPES = (
+    Shape("decode", False, 8, 512, 32, 8, 64),
+    Shape("decode", False, 32, 2048, 32, 8, 64),
+    Shape("decode", False, 8, 8192, 32, 8, 64),
+    Shape("decode", False, 64, 1024, 32, 8, 128),
+    Shape("decode", False, 8, 2048, 16, 16, 64),
+    Shape("prefill", True, 8, 256, 32, 8, 64),
+    Shape("prefill", True, 8, 1024, 32, 8, 128),
+    Shape("prefill", True, 4, 16384, 32, 8, 64),
+    Shape("packed", True, 8, 256, 32, 8, 64),
+    Shape("packed", True, 32, 512, 32, 8, 128),
+    Shape("packed", True, 8, 4096, 32, 8, 64),
+    Shape("packed", True, 4, 16384, 32, 8, 64),
+    Shape("packed", True, 4, 16384, 32, 8, 128),
+    Shape("packed", False, 32, 128, 16, 16, 64),
+    Shape("packed", False, 128, 512, 16, 16, 64),
+)
+
+
+def forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """The ways to ask for a call, which differ in nothing but speed."""
+    operator, reason = flash_attention_3._operator()
+    if reason is not None:
+        raise SystemExit(reason)
+    rng = np.random.default_rng(shape.length + shape.batch)
+    lengths = rng.integers(1, shape.length, shape.batch, endpoint=True)
+
+    def integers(values: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=device)
+
+    def states(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, dtype=torch.bfloat16, device=device)
+
+    given = dict.fromkeys(flash_attention_3._ARGUMENTS)
+    given |= {
+        "softmax_scale": shape.dim**-0.5,
+        "is_causal": shape.causal,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "attention_chunk": 0,
+        "softcap": 0.0,
+        "is_rotary_interleaved": False,
+        "num_splits": 0 if shape.how == "decode" else 1,
+        "sm_margin": 0,
+    }
+    if shape.how == "packed":
+        total, longest = int(lengths.sum()), int(lengths.max())
+        bounds = integers([0, *np.cumsum(lengths)])
+        queries, keys = (total, shape.heads, shape.dim), (total, shape.kv_heads, shape.dim)
+        given |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        used, q_len, kv_len = integers(lengths), longest, longest
+    else:
+        q_len, kv_len = 1 if shape.how == "decode" else shape.length, shape.length
+        queries = (shape.batch, q_len, shape.heads, shape.dim)
+        keys = (shape.batch, kv_len, shape.kv_heads, shape.dim)
+        used = integers(np.full(shape.batch, kv_len))
+        given |= {"seqused_k": used, "leftpad_k": integers(kv_len - lengths)}
+    given |= {"q": states(*queries), "k": states(*keys), "v": states(*keys)}
+
+    def schedule(pack_gqa: bool | None) -> torch.Tensor:
+        namespace = getattr(torch.ops, operator.namespace)
+        made: torch.Tensor = namespace.get_scheduler_metadata(
+            shape.batch, q_len, kv_len, shape.heads, shape.kv_heads, shape.dim, shape.dim,
+            torch.bfloat16, used, given["cu_seqlens_q"], None, None, None, given["leftpad_k"],
+            None, 0, shape.causal, -1, -1, 0, False, given["num_splits"], pack_gqa, 0,
+        )  # fmt: skip
+        return made
+
+    def asked(name: str) -> Callable[[], torch.Tensor]:
+        pack_gqa = False if "apart" in name else None
+        metadata = schedule(pack_gqa) if "schedule" in name else None
+        options = given | {"pack_gqa": pack_gqa, "scheduler_metadata": metadata}
+        values = tuple(options.values())
+        return lambda: operator(*values)[0]
+
+    return {
+        name: asked(name) for name in FORMS if shape.heads > shape.kv_heads or "apart" not in name
+    }
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=0.3, help="per call")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = []
+    for shape in SHAPES:
+        made = forms(shape, device)
+        reference = made["now"]()
+        cells, working = {}, {}
+        for name, call in made.items():
+            try:
+                output = call()
+            except RuntimeError as error:
+                cells[name] = str(error).splitlines()[0][:60]
+                continue
+            wrong = float((output - reference).abs().max() / reference.abs().max())
+            if wrong > _TOLERANCE:
+                cells[name] = f"wrong by {wrong:.1e}"
+            else:
+                working[name] = call
+        times = interleaved(working, device, max_rounds=15, seconds=arguments.seconds, spread=0.01)
+        for name, one in times.items():
+            over = one.device_us / times["now"].device_us
+            cells[name] = f"{one.host_us:.1f}, {one.device_us:.1f} ({over:.3f})"
+        pattern = "causal" if shape.causal else "all keys"
+        label = f"{shape.how} {pattern} {shape.batch}x{shape.length} "
+        label += f"{shape.heads}/{shape.kv_heads}x{shape.dim}"
+        rows.append((label, *(cells.get(name, "-") for name in FORMS)))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    print(f"\n{torch.cuda.get_device_name(device)}: host, device (over now)\n")
+    print(common.markdown(("call", *FORMS), rows))
+
+
+if __name__ == "__main__":
+    main()
