@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from smartattn import tails
-from smartattn.layouts import LONGEST_TILE, in_place_layout
+from smartattn.layouts import in_place_layout
 from smartattn.plan import Pattern, Plan
 from smartattn.timing import interleaved
 
@@ -40,14 +40,14 @@ def main() -> None:
         bounds = layout.tails
         assert bounds is not None
         values = torch.randn(batch * kv_len, heads, dim, dtype=torch.bfloat16, device=device)
-        tokens, elements = tails._TOKENS, tails._ELEMENTS
-        grid = (len(bounds) // 2, LONGEST_TILE // tokens, -(-heads * dim // elements))
-        strides = values.stride()
+        launch = tails._Launch.of(*values.stride()[:2], heads, dim)
+        grid = (len(bounds) // 2, *launch.programs)
+        tokens, elements = launch.sizes
 
         def jit() -> None:
             with torch.cuda.device(device):
                 clear_kernel[grid](  # noqa: B023
-                    values, bounds, *strides[:2], heads * dim, dim,  # noqa: B023
+                    values, bounds, *launch.strides,  # noqa: B023
                     TOKENS=tokens, ELEMENTS=elements,  # noqa: B023
                 )  # fmt: skip
 

@@ -47,6 +47,7 @@ PACKING = ("tests/test_packing.py",)
 CHOOSE = ("tests/test_choose.py",)
 MATRIX = ("tests/test_backends_matrix.py", "-k", "float64 and not limits and not gpu")
 NAN = ("tests/test_backends_matrix.py", "-k", "nan_in_padding and not gpu")
+TAILS = ("tests/test_tails.py",)
 EXPLAIN = ("tests/test_explain.py",)
 DOCTOR = ("tests/test_doctor.py",)
 VERIFY = ("tests/test_verify_bench.py",)
@@ -143,6 +144,27 @@ MUTATIONS = (
         "tails = parts[3] if len(gaps) else None",
         "tails = None",
         NAN,
+    ),
+    Mutation(
+        "heads that lie apart are taken for one run of memory",
+        "tails.py",
+        "if heads == 1 or head_stride == dim else",
+        "if heads >= 1 else",
+        TAILS,
+    ),
+    Mutation(
+        "the last tokens of a tail are not cleared",
+        "tails.py",
+        "programs = (-(-LONGEST_TILE // tokens),",
+        "programs = (max(1, (LONGEST_TILE - 1) // tokens),",
+        TAILS,
+    ),
+    Mutation(
+        "a kernel built for aligned values reads others",
+        "tails.py",
+        "values.data_ptr() % 16 == 0, kind)",
+        "True, kind)",
+        TAILS,
     ),
     Mutation(
         "copies of keys count for nothing",

@@ -50,7 +50,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Triton:
     module = SimpleNamespace(clear_kernel=made)
     monkeypatch.setitem(sys.modules, "smartattn.triton_kernels", module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(tails, "_built", {})
+    monkeypatch.setattr(tails, "_launches", {})
     return made
 
 
@@ -61,40 +61,74 @@ def values(shift: int = 0, heads: int = 2, dtype: torch.dtype = torch.bfloat16) 
     return states[shift:].view(12, heads, 64)
 
 
+def head_major(heads: int = 2) -> torch.Tensor:
+    """(12, heads, 64) values of which those of a head follow each other."""
+    return torch.zeros(heads, 12, 64, dtype=torch.bfloat16).transpose(0, 1)
+
+
 BOUNDS = torch.tensor([3, 4, 7, 12], dtype=torch.int32)
 
 
 def test_what_was_built_is_launched_again_with_the_same_arguments(triton: Triton) -> None:
     first, second = values(), values()
+    other_bounds = torch.cat([BOUNDS, BOUNDS])[1:7]
     tails._clear(first, BOUNDS)
-    tails._clear(second, BOUNDS)
+    tails._clear(second, other_bounds)
     (how, built, grid, given), (again, same, grid_again, given_again) = triton.launched
     assert (how, again) == ("jit", "built")
     assert same is built
-    assert grid == grid_again == (2, LONGEST_TILE // 8, 1)
+    assert (grid[0], grid_again[0]) == (2, 3)
+    assert grid[1:] == grid_again[1:]
     assert given[0] is first
     assert given_again[0] is second
-    assert given[1] is given_again[1] is BOUNDS
-    assert given[2:] == given_again[2:] == (128, 64, 128, 64, 8, 1024)
+    assert given[1] is BOUNDS
+    assert given_again[1] is other_bounds
+    assert given[2:] == given_again[2:] == (128, 64, 128, 64, 128)
 
 
 @pytest.mark.parametrize(
     "other",
-    [
-        (values(shift=1), BOUNDS),
-        (values(heads=1), BOUNDS),
-        (values(dtype=torch.float16), BOUNDS),
-        (values(), torch.cat([BOUNDS, BOUNDS])[1:5]),
-        (values().transpose(0, 1).contiguous().transpose(0, 1), BOUNDS),
-    ],
-    ids=["address", "heads", "dtype", "address of the bounds", "strides"],
+    [values(shift=1), values(heads=1), values(dtype=torch.float16), head_major()],
+    ids=["address", "heads", "dtype", "strides"],
 )
-def test_a_kernel_serves_what_it_was_built_for_alone(
-    triton: Triton, other: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_a_kernel_serves_what_it_was_built_for_alone(triton: Triton, other: torch.Tensor) -> None:
     tails._clear(values(), BOUNDS)
-    tails._clear(*other)
+    tails._clear(other, BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit"]
+
+
+def covered(states: torch.Tensor, grid: tuple[int, int, int], given: Any) -> torch.Tensor:
+    """How often the programs of a launch visit each place in a gap of ``LONGEST_TILE`` tokens."""
+    token_stride, part_stride, width, tokens, elements = given[2:]
+    seen = torch.zeros(states.untyped_storage().nbytes() // states.itemsize, dtype=torch.int64)
+    blocks = -(-width // elements)
+    for step in range(grid[1]):
+        for place in range(grid[2]):
+            token = (step * tokens + torch.arange(tokens))[:, None]
+            element = (place % blocks * elements + torch.arange(elements))[None]
+            offset = token * token_stride + place // blocks * part_stride + element
+            seen[offset[(token < LONGEST_TILE) & (element < width)]] += 1
+    return torch.as_strided(seen, states.shape, states.stride())
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first", "beside queries", "one head"])
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 80), (16, 64), (20, 128), (4, 256)])
+def test_programs_see_every_element_of_a_gap_once(
+    triton: Triton, layout: str, heads: int, dim: int
+) -> None:
+    shape = (LONGEST_TILE, heads, dim)
+    if layout == "tokens first":
+        states = torch.zeros(shape)
+    elif layout == "heads first":
+        states = torch.zeros(heads, LONGEST_TILE, dim).transpose(0, 1)
+    elif layout == "beside queries":
+        states = torch.zeros(LONGEST_TILE, 3, heads, dim)[:, 0]
+    else:
+        states = torch.zeros(LONGEST_TILE, heads, dim)[:, :1]
+    tails._clear(states, BOUNDS)
+    ((_, _, grid, given),) = triton.launched
+    assert bool((covered(states, grid, given) == 1).all())
+    assert given[-2] * given[-1] <= 8192
 
 
 def test_a_launcher_that_takes_other_arguments_is_not_asked_twice(triton: Triton) -> None:
@@ -102,15 +136,16 @@ def test_a_launcher_that_takes_other_arguments_is_not_asked_twice(triton: Triton
     for _ in range(3):
         tails._clear(values(), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit"]
-    assert list(tails._built.values()) == [None]
+    (launch,) = tails._launches.values()
+    assert not launch.direct
 
 
 def test_kernels_of_many_shapes_are_forgotten(
     triton: Triton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tails, "_MAX_BUILT", 2)
+    monkeypatch.setattr(tails, "_MOST", 2)
     for heads in (1, 2, 3):
         tails._clear(values(heads=heads), BOUNDS)
-    assert len(tails._built) == 1
+    assert len(tails._launches) == 1
     tails._clear(values(heads=3), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit", "built"]

@@ -6,6 +6,7 @@ Such a kernel multiplies what it loads of the padding by zero, and zero times Na
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ import torch
 from .layouts import LONGEST_TILE, VarlenLayout
 from .machine import one_line
 
-#: What one program of the Triton kernel looks at: tokens, and elements of each.
-_TOKENS, _ELEMENTS = 8, 1024
-#: Built kernels by what they were built for; None where they are not to be launched directly.
-_built: dict[tuple[Any, ...], Any] = {}
-_MAX_BUILT = 1024
+#: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
+_TILE, _TOKENS = 8192, 64
+#: How many elements of a token it looks at; of each a kernel is built once it is needed. Where a
+#: token has more than the last one, programs share it.
+_ELEMENTS = (64, 128, 256, 1024)
+#: Kinds of values of which it is known how the kernel is launched.
+_MOST = 1024
 
 
 @functools.cache
@@ -29,13 +32,9 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "tails are cleared by a Triton kernel, on GPUs alone"
     try:
-        # No result is read back: layers ask, and they never wait for the device. Triton builds a
-        # kernel for each dtype, and another one for addresses that are not multiples of 16.
-        bounds = torch.zeros(4, dtype=torch.int32, device=device)
-        for dtype in (torch.bfloat16, torch.float16):
-            values = torch.zeros(2, 1, 64, dtype=dtype, device=device)
-            _clear(values, bounds[:2])
-            _clear(values, bounds[2:])
+        # No result is read back: layers ask, and they never wait for the device.
+        values = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
+        _clear(values, torch.zeros(2, dtype=torch.int32, device=device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
@@ -56,43 +55,77 @@ def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
         _clear(values, layout.tails)
 
 
+@dataclass(slots=True)
+class _Launch:
+    """How the kernel is launched on values of one kind.
+
+    Args:
+        programs: for the tokens of a gap, and for what there is of a token.
+        strides: elements from token to token, from part to part of a token, and in a part.
+        sizes: tokens and elements of a program.
+        built: what Triton has built, None before the first launch.
+        direct: whether that is launched itself.
+    """
+
+    programs: tuple[int, int]
+    strides: tuple[int, int, int]
+    sizes: tuple[int, int]
+    built: Any = None
+    direct: bool = True
+
+    @classmethod
+    def of(cls, token_stride: int, head_stride: int, heads: int, dim: int) -> _Launch:
+        """That of (tokens, heads, dim) values with such strides."""
+        # Heads that follow each other are one run of memory, which is read fastest.
+        parts, width = (1, heads * dim) if heads == 1 or head_stride == dim else (heads, dim)
+        elements = next((size for size in _ELEMENTS if size >= width), _ELEMENTS[-1])
+        tokens = min(_TOKENS, _TILE // elements)
+        programs = (-(-LONGEST_TILE // tokens), parts * -(-width // elements))
+        return cls(programs, (token_stride, head_stride, width), (tokens, elements))
+
+
+#: By all that Triton builds kernels for: device, dtype, whether the address is a multiple of 16,
+#: and the integers, of which it wants to know the size, multiplicity and whether they are 1.
+_launches: dict[tuple[Any, ...], _Launch] = {}
+
+
 def _clear(values: torch.Tensor, bounds: torch.Tensor) -> None:
-    _, heads, dim = values.shape
-    grid = (bounds.shape[0] // 2, LONGEST_TILE // _TOKENS, -(-heads * dim // _ELEMENTS))
     if torch.cuda.current_device() == values.device.index:
-        return _launch(grid, values, bounds)
+        return _launch(values, bounds)
     with torch.cuda.device(values.device):
-        return _launch(grid, values, bounds)
+        return _launch(values, bounds)
 
 
-def _launch(grid: tuple[int, int, int], values: torch.Tensor, bounds: torch.Tensor) -> None:
+def _launch(values: torch.Tensor, bounds: torch.Tensor) -> None:
     """Launches the kernel, by what Triton built the last time if it can be used again.
 
-    Triton's own way to a built kernel looks at every argument, and takes the host longer than all
-    of FlashAttention's call.
+    Triton's own way to a built kernel looks at every argument, and takes the host half as long
+    again.
     """
-    _, heads, dim = values.shape
-    arguments = (values, bounds, values.stride(0), values.stride(1), heads * dim, dim)
-    # Triton builds for dtypes, for addresses that are multiples of 16 or not, and for kinds of
-    # integers: of one multiplicity, size, or equal to 1.
-    aligned = (values.data_ptr() % 16 == 0, bounds.data_ptr() % 16 == 0)
-    facts = (values.device.index, values.dtype, aligned, arguments[2:])
-    built = _built.get(facts)
-    if built is not None:
+    # All strides at once are cheaper than one after the other.
+    (token_stride, head_stride, _), (_, heads, dim) = values.stride(), values.shape
+    kind = (token_stride, head_stride, heads, dim)
+    facts = (values.device.index, values.dtype, values.data_ptr() % 16 == 0, kind)
+    launch = _launches.get(facts)
+    if launch is None:
+        if len(_launches) >= _MOST:
+            _launches.clear()
+        launch = _launches[facts] = _Launch.of(*kind)
+    grid = (bounds.shape[0] // 2, *launch.programs)
+    if launch.built is not None:
         try:
             # Source: python/tutorials/02-fused-softmax.py of Triton.
-            built[grid](*arguments, _TOKENS, _ELEMENTS)
+            launch.built[grid](values, bounds, *launch.strides, *launch.sizes)
         except TypeError:
             # The launcher of another version takes other arguments.
-            _built[facts] = None
+            launch.built, launch.direct = None, False
         else:
             return
     # Not every machine has Triton, and its import takes a while.
     from .triton_kernels import clear_kernel
 
-    kernel = clear_kernel[grid](*arguments, TOKENS=_TOKENS, ELEMENTS=_ELEMENTS)
-    if facts not in _built:
-        if len(_built) >= _MAX_BUILT:
-            _built.clear()
+    tokens, elements = launch.sizes
+    built = clear_kernel[grid](values, bounds, *launch.strides, TOKENS=tokens, ELEMENTS=elements)
+    if launch.direct:
         # An interpreter returns nothing.
-        _built[facts] = kernel
+        launch.built = built

@@ -6,26 +6,28 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# The bounds of a layout lie behind others, anywhere: one kernel for all.
+@triton.jit(do_not_specialize_on_alignment=["bounds"])  # type: ignore[untyped-decorator]
 def clear_kernel(  # type: ignore[no-untyped-def]
     values,
     bounds,
     token_stride,
-    head_stride,
+    part_stride,
     width,
-    dim,
     TOKENS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """See :func:`smartattn.tails.clear_tails`; programs are (gap, tokens, elements)."""
+    """See :func:`smartattn.tails.clear_tails`; programs are (gap, tokens, part and elements)."""
     place = tl.program_id(0) * 2
     first = tl.load(bounds + place) + tl.program_id(1) * TOKENS
     last = tl.load(bounds + place + 1)
     if first < last:
+        blocks = tl.cdiv(width, ELEMENTS)
+        part = tl.program_id(2) // blocks
         token = first + tl.arange(0, TOKENS)
-        element = tl.program_id(2) * ELEMENTS + tl.arange(0, ELEMENTS)
-        offset = (element // dim).to(tl.int64) * head_stride + element % dim
-        pointer = values + token.to(tl.int64)[:, None] * token_stride + offset[None, :]
+        element = tl.program_id(2) % blocks * ELEMENTS + tl.arange(0, ELEMENTS)
+        offset = token.to(tl.int64)[:, None] * token_stride + element[None, :]
+        pointer = values + part.to(tl.int64) * part_stride + offset
         inside = (token < last)[:, None] & (element < width)[None, :]
         found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
         # Infinity less itself is not a number, and that is unequal to everything.
