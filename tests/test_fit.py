@@ -414,6 +414,18 @@ def test_thresholds_are_what_the_models_say() -> None:
     assert crossings
 
 
+def test_thresholds_know_backends_that_were_measured_with_other_head_sizes() -> None:
+    families = [grid.Family("forward", True, ("left",), "bfloat16", dim) for dim in (64, 128)]
+    both = [sample for family in families for sample in samples_of(drawn(30, family=family))]
+    gone = [s for s in both if (s.workload.head_dim, s.backend) != (64, "sdpa")]
+    found = [thresholds(fit_costs(samples, CUDA), CUDA) for samples in (both, gone)]
+    named = [
+        {winner.backend for one in part if one.head_dim == 64 for winner in one.winners}
+        for part in found
+    ]
+    assert named[0] == named[1] == {"sdpa", "torch_varlen"}
+
+
 @pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
 def test_thresholds_of_what_is_set_aside_are_of_rows_that_lie_alike(device: torch.device) -> None:
     names = {"sdpa": "sdpa", "torch_varlen": "sdpa_unpadded"}

@@ -33,17 +33,20 @@ def thresholds(
         surroundings: the rest of the layers that calls are in; None for calls on their own.
     """
     predictor = Predictor(costs, surroundings)
-    backends: dict[Regime, list[Cost]] = defaultdict(list)
+    measured: dict[Regime, list[Cost]] = defaultdict(list)
+    # A backend that was measured with other head sizes is chosen for this one too.
+    backends: dict[Regime, set[str]] = defaultdict(set)
     for cost in costs:
-        backends[cost.regime].append(cost)
+        measured[cost.regime].append(cost)
+        backends[cost.regime._replace(head_dim=0)].add(cost.backend)
     found = []
-    for regime, rivals in sorted(backends.items()):
-        if len(rivals) < 2:
+    for regime, rivals in sorted(measured.items()):
+        names = sorted(backends[regime._replace(head_dim=0)])
+        if len(names) < 2:
             continue
         longest = max(cost.longest_kv_len for cost in rivals)
         for share in THRESHOLD_SHARES if regime.layout in ("padded", "right") else (0.0,):
             usual = _usual(regime, share)
-            names = [cost.backend for cost in rivals]
             winners = _winners(usual, regime.layout, predictor, names, longest, device)
             if not winners:
                 # Rows of several lengths may leave nothing to choose.
