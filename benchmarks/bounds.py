@@ -202,7 +202,7 @@ Milliseconds per forward, the median of interleaved rounds. "packed" runs the fa
 sequences on tokens that were packed beforehand, and puts nothing back; "free" computes no attention
 at all. Neither makes a mask, and what both return is zero. "better" is the better one of `sdpa` and
 `flash_attention_2`: "better / packed" is what an attention implementation could gain at most with
-these kernels, "better / free" with any."""
+these kernels, "better / free" with any, each as far as the rounds of a run agree."""
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ FEWEST_WARM_UPS = 2
 LONG = 1000.0
 #: Seconds in which smart may build kernels for what comes back, see ``smartattn.first_use``.
 SETTLING = 2.0
-#: Times as long as others that these tasks run: a round takes a second, and three say little.
-LONGER = {"generate": 4.0, "train": 4.0, "train-packed": 4.0}
+#: Fewest rounds of tasks whose rounds take seconds: three of them say little.
+MORE_ROUNDS = {"generate": 7, "train": 7, "train-packed": 7}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,11 @@ class Result:
 
     @property
     def uncertainty(self) -> float | None:
-        """Standard error of :attr:`speedup`, relative, taking times as normally distributed."""
+        """Standard error of :attr:`speedup` within its run, relative.
+
+        Times are taken as normally distributed; for fewer than seven rounds it is a third too
+        large.
+        """
         if self.rounds < 3 or self.speedup is None:
             return None
         others = [name for name in IMPLEMENTATIONS[:2] if name in self.median_ms]
@@ -305,7 +309,7 @@ def measure(
 
     Args:
         rounds, seconds: it ends after so many rounds, or so long once ``FEWEST_ROUNDS`` are done;
-            see :data:`LONGER`.
+            see :data:`MORE_ROUNDS`.
         end: of ``time.perf_counter()``, when the fewest rounds have to do.
     """
     result = Result(workload.name)
@@ -349,7 +353,8 @@ def measure(
             if name == "smart":
                 result.chosen, result.waiting_for = _settle(run, device, again_ms)
     del reference
-    end = min(end, time.perf_counter() + seconds * LONGER.get(workload.task, 1.0))
+    stop = time.perf_counter() + seconds
+    fewest = MORE_ROUNDS.get(workload.task, FEWEST_ROUNDS)
     order, shuffle = list(times), random.Random(0)
     for number_ in range(1, rounds + 1):
         # Whoever comes first or after another must not always be the same.
@@ -358,7 +363,8 @@ def measure(
             model.set_attn_implementation(name)
             times[name].append(timed(lambda: run(number_), device)[0])  # noqa: B023
         result.rounds = number_
-        if number_ >= FEWEST_ROUNDS and time.perf_counter() > end:
+        now = time.perf_counter()
+        if (number_ >= fewest and now > stop) or (number_ >= FEWEST_ROUNDS and now > end):
             break
     for name, values_ms in times.items():
         result.median_ms[name], result.spread_ms[name] = common.middle(values_ms)

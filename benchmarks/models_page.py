@@ -251,7 +251,11 @@ def page(runs: Sequence[Run], plot_file: Path | None = None) -> list[str]:
         if above:
             above.sort(key=lambda cells: cells[1], reverse=True)
             parts += [f"Above {_WORST}, {run.label}:"]
-            parts += [markdown(("workload", "smart / better", "standard error", "chosen"), above)]
+            parts += [
+                markdown(
+                    ("workload", "smart / better", "standard error within the run", "chosen"), above
+                )
+            ]
     parts += [
         "## First call",
         "Milliseconds of the first call in the process, which builds and loads what later ones\n"

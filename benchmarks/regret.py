@@ -156,7 +156,9 @@ def policies(made: Profile) -> dict[str, Policy]:
 def remembered(
     earlier: Sequence[Sample], device: torch.device, surroundings: Surroundings | None = None
 ) -> Policy:
-    """What was fastest when the same calls were timed another time: nobody can predict better.
+    """What was fastest when the same calls were timed another time.
+
+    It says how far one timing is to be trusted.
 
     Args:
         surroundings: the layers that the calls are in, as in :func:`smartattn.evaluate.judge`.

@@ -6,11 +6,15 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from smartattn import tails
+from smartattn.backends.flash_attention_3 import FlashAttention3Backend
+from smartattn.call import Call
 from smartattn.layouts import LONGEST_TILE
+from smartattn.plan import Pattern, Plan
 
 
 class Kernel:
@@ -149,3 +153,52 @@ def test_kernels_of_many_shapes_are_forgotten(
     assert len(tails._launches) == 1
     tails._clear(values(heads=3), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit", "built"]
+
+
+class Elsewhere:
+    """A tensor on the second GPU."""
+
+    device = SimpleNamespace(index=1)
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self._states = states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._states, name)
+
+
+def test_each_device_has_its_kernels_and_its_context(
+    triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[Any] = []
+
+    class Context:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Context)
+    there: Any = Elsewhere(values())
+    tails._clear(values(), BOUNDS)
+    assert entered == []
+    tails._clear(there, BOUNDS)
+    assert entered == [there.device]
+    assert [how for how, *_ in triton.launched] == ["jit", "jit"]
+
+
+@pytest.mark.parametrize("pattern", [Pattern.CAUSAL, Pattern.BIDIRECTIONAL])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_tile_is_longer_than_what_is_cleared(
+    pattern: Pattern, dim: int, window: int | None
+) -> None:
+    real = np.arange(256) < np.array([[256], [100]])
+    device = torch.device("cuda")
+    plan = Plan(2, 256, 256, pattern, device, real=real, window=window)
+    call = Call(device, torch.bfloat16, 2, 256, 256, 8, 8, dim, dim, self_attention=True)
+    assert FlashAttention3Backend().tile(plan, call)[1] <= LONGEST_TILE

@@ -16,8 +16,8 @@ from .machine import one_line
 
 #: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
 _TILE, _TOKENS = 8192, 64
-#: How many elements of a token it looks at; of each a kernel is built once it is needed. Where a
-#: token has more than the last one, programs share it.
+#: How many elements of a token it looks at, with a kernel of each. Where a token has more than the
+#: last one, programs share it.
 _ELEMENTS = (64, 128, 256, 1024)
 #: Kinds of values of which it is known how the kernel is launched.
 _MOST = 1024
@@ -32,9 +32,12 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "tails are cleared by a Triton kernel, on GPUs alone"
     try:
-        # No result is read back: layers ask, and they never wait for the device.
-        values = torch.zeros(2, 1, 64, dtype=torch.bfloat16, device=device)
-        _clear(values, torch.zeros(2, dtype=torch.int32, device=device))
+        # No result is read back: layers ask, and they never wait for the device. All kernels are
+        # built here, since a forward could not go on without one.
+        bounds = torch.zeros(2, dtype=torch.int32, device=device)
+        for dtype in (torch.bfloat16, torch.float16):
+            for width in _ELEMENTS:
+                _clear(torch.zeros(2, 1, width, dtype=dtype, device=device), bounds)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
