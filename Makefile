@@ -3,6 +3,7 @@
 #   make demo                  both real models under "smart", checked against eager attention
 #   make test                  all tests on the newest Transformers, all but the slow ones on the
 #                              oldest that is supported
+#   make kernels               the Triton kernels, in Triton's interpreter
 #   make lint                  ruff and mypy
 #
 # Variables:
@@ -29,11 +30,12 @@ DEMO_READY := .venv/.demo-ready
 TEST_READY := .venv/.test-ready
 FLOOR_READY := .venv/.floor-ready
 TEST_FLOOR := test-floor
+KERNELS_READY := .venv/.kernels-ready
 endif
 PIP = $(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest $(XDIST)
 
-.PHONY: demo test test-newest test-floor load lint gpu-report bench sweep mutations fuzz outputs docs clean
+.PHONY: demo test test-newest test-floor kernels load lint gpu-report bench sweep mutations fuzz outputs docs clean
 .DELETE_ON_ERROR:
 
 # Where other work shares the cores, OpenMP threads that spin at barriers cost ten times as much.
@@ -57,6 +59,11 @@ FLOOR_TESTS := $(filter-out $(addprefix tests/test_,$(addsuffix .py,\
 
 test-floor: $(TEST_READY) $(FLOOR_READY)
 	PYTHONPATH=$(CURDIR)/.venv/floor $(PYTEST) -m "not slow" $(FLOOR_TESTS) $(PYTEST_ARGS)
+
+# The Triton kernels in Triton's interpreter. A CPU build of torch brings none, which is large.
+kernels: $(TEST_READY) $(KERNELS_READY)
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/.venv/triton:$(PYTHONPATH) \
+		$(PYTEST) -q tests/test_triton_kernels.py
 
 # Faults that need many processes, or minutes.
 load: $(TEST_READY)
@@ -115,6 +122,11 @@ clean:
 
 .venv/.test-ready: .venv/.demo-ready
 	$(PIP) --editable ".[test]"
+	@touch $@
+
+.venv/.kernels-ready: .venv/.test-ready
+	rm -rf .venv/triton
+	$(PIP) --no-deps --target .venv/triton triton
 	@touch $@
 
 # A folder that goes before the newest Transformers on the path; torch and the rest are shared.

@@ -532,4 +532,4 @@ def takes(backend: Backend, case: Case) -> bool:
         # varlen_attn has no dense call, and the operator under it no known backward.
         if backend.name == "torch_varlen" and case.grad:
             return False
-    return not (backend.name == "sdpa_unpadded" and s.has_holes)
+    return not (backend.name in ("sdpa_unpadded", "triton_varlen") and s.has_holes)

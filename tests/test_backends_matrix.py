@@ -8,6 +8,7 @@ of ``sdpa``.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from smartattn.backends import (
     sdpa,
     sdpa_unpadded,
     torch_varlen,
+    triton_varlen,
 )
 from smartattn.backends.base import DEFAULT_TOLERANCES, Support
 from smartattn.backends.flash import Route
@@ -91,6 +93,11 @@ class TorchVarlenStandIn(torch_varlen.TorchVarlenBackend):
 
     label = "torch_varlen"
     support = replace(torch_varlen.TorchVarlenBackend.support, devices=None, dtypes=None)
+
+
+class TritonVarlenStandIn(triton_varlen.TritonVarlenBackend):
+    label = "triton_varlen"
+    support = replace(triton_varlen.TritonVarlenBackend.support, devices=None, dtypes=None)
 
 
 def _check_flash_arguments(*states: torch.Tensor) -> None:
@@ -237,6 +244,43 @@ def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
     return [dense_attention(q, k, v, **settings)]
 
 
+def _attention_kernel(
+    device: torch.device, kind: Any, grid: Any, arguments: Any, **options: int
+) -> None:
+    """What the Triton kernel does with the same arguments; see ``triton_kernels``."""
+    query, key, value, output, table, scale, *numbers = arguments
+    for i, states in enumerate((query, key, value)):
+        assert states.stride() == (*(8 * n for n in numbers[3 * i : 3 * i + 3]), 1)
+    sequences, q_len, heads, group, shift, left, right, rows, _, dim, width, windowed, stages = (
+        numbers[9:]
+    )
+    assert query.shape[1:] == (heads, q_len, dim)
+    assert width in (dim, 1 << (dim - 1).bit_length(), 16)
+    assert options["num_stages"] == stages
+    assert group == heads // key.shape[1]
+    assert table.shape == (6, sequences)
+    assert grid == (-(-int(table[5].max()) * group // rows), key.shape[1], sequences)
+    assert windowed or left >= key.shape[2] + q_len
+    output.fill_(torch.nan)
+    for row, q_start, q_count, k_start, k_count, written in table.T.tolist():
+        places = q_start + torch.arange(written)
+        output[row, torch.where(places >= q_len, places - q_len, places)] = 0.0
+        if not (q_count and k_count):
+            continue
+        queries = query[row, :, q_start : q_start + q_count].double()
+        keys, values = (
+            states[row, :, k_start : k_start + k_count].double().repeat_interleave(group, 0)
+            for states in (key, value)
+        )
+        position = shift + q_start + torch.arange(q_count)[:, None]
+        there = k_start + torch.arange(k_count)[None]
+        seen = (there <= position + right) & (there >= position - left)
+        scores = (queries @ keys.mT * scale / math.log2(math.e)).masked_fill(~seen, -torch.inf)
+        weights = scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        attended = (weights @ values).transpose(0, 1)
+        output[row, q_start : q_start + q_count] = attended.to(output.dtype)
+
+
 @pytest.fixture
 def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     package = SimpleNamespace(
@@ -256,6 +300,8 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(tails, "unavailable", lambda device: None)
     monkeypatch.setattr(tails, "clear_tails", _clear_tails)
+    monkeypatch.setattr(triton_varlen, "_broken", lambda device: None)
+    monkeypatch.setattr(triton_varlen, "_launch", _attention_kernel)
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +318,7 @@ ON_CPU: tuple[Backend, ...] = (
     ThinFlashStandIn(),
     Flash3StandIn(),
     TorchVarlenStandIn(),
+    TritonVarlenStandIn(),
 )
 
 
@@ -592,6 +639,7 @@ REAL = (
     flash_attention_2.FlashAttention2Backend(),
     flash_attention_3.FlashAttention3Backend(),
     torch_varlen.TorchVarlenBackend(),
+    triton_varlen.TritonVarlenBackend(),
 )
 
 
@@ -757,7 +805,7 @@ def test_a_missing_or_foreign_flash_attn_is_a_refusal(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("stand_in_kernels")
-@pytest.mark.parametrize("backend", ON_CPU[-4:], ids=_label)
+@pytest.mark.parametrize("backend", ON_CPU[-5:], ids=_label)
 def test_flash_kernels_are_not_used_on_rocm(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

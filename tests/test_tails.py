@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from smartattn import tails
+from smartattn import tails, triton_launch
 from smartattn.backends.flash_attention_3 import FlashAttention3Backend
 from smartattn.call import Call
 from smartattn.layouts import LONGEST_TILE
 from smartattn.plan import Pattern, Plan
+from smartattn.triton_launch import Launcher
 
 
 class Kernel:
@@ -54,7 +55,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Triton:
     module = SimpleNamespace(clear_kernel=made)
     monkeypatch.setitem(sys.modules, "smartattn.triton_kernels", module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(tails, "_launches", {})
+    monkeypatch.setattr(tails, "_launcher", Launcher("clear_kernel", "TOKENS", "ELEMENTS"))
     return made
 
 
@@ -140,17 +141,15 @@ def test_a_launcher_that_takes_other_arguments_is_not_asked_twice(triton: Triton
     for _ in range(3):
         tails._clear(values(), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit"]
-    (launch,) = tails._launches.values()
-    assert not launch.direct
 
 
 def test_kernels_of_many_shapes_are_forgotten(
     triton: Triton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tails, "_MOST", 2)
+    monkeypatch.setattr(triton_launch, "_MOST", 2)
     for heads in (1, 2, 3):
         tails._clear(values(heads=heads), BOUNDS)
-    assert len(tails._launches) == 1
+    assert len(tails._launcher._built) == 1
     tails._clear(values(heads=3), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit", "built"]
 

@@ -81,6 +81,17 @@ _WALKS: dict[Walk, FloatArray] = {
         "concatenated_keys",
         "longest",
     ),
+    "tokens": _columns(
+        "call",
+        "blocks",
+        "busiest_keys",
+        "sequences",
+        "real_tiles",
+        "dense_queries",
+        "real_queries",
+        "real_keys",
+        "longest",
+    ),
     "groups": _columns(
         "call",
         "blocks",

@@ -74,6 +74,21 @@ class KeyBounds:
     end: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceBounds:
+    """Where each sequence lies in the padded tensors, and what of the output it has to write.
+
+    ``table``, int32 of shape (6, sequences) on the device, holds the batch row of each sequence,
+    its first query and their number, its first key and their number, and the number of places of
+    the output that it writes, counted from the first query on and beginning again at the row's
+    first place: all of a padded row, its own queries of a packed one. ``longest`` is the largest of
+    those numbers.
+    """
+
+    table: torch.Tensor
+    longest: int
+
+
 def packed_layout(plan: Plan, pack_queries: bool) -> VarlenLayout:
     """The layout of the real tokens alone, gathered from the padded tensors.
 
@@ -183,6 +198,22 @@ def key_bounds(plan: Plan) -> KeyBounds:
         raise ValueError("only rows of one sequence without holes have two bounds")
     start, end = _uploaded([sequences.k_start, sequences.k_start + sequences.k_length], plan.device)
     return KeyBounds(start, end)
+
+
+def sequence_bounds(plan: Plan, pack_queries: bool) -> SequenceBounds:
+    """Where sequences without holes lie, for kernels that look it up themselves.
+
+    ``pack_queries`` False computes every query of a row, padding included.
+    """
+    sequences = _of(plan)
+    if not sequences.contiguous:
+        raise ValueError("tokens with holes between them cannot be read in place")
+    q_start, q_length = sequences.q_start, sequences.q_length
+    if not pack_queries:
+        q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
+    written = q_length if plan.is_packed else np.full_like(q_length, plan.q_len)
+    facts = (sequences.row, q_start, q_length, sequences.k_start, sequences.k_length, written)
+    return SequenceBounds(upload(np.stack(facts), plan.device), int(written.max(initial=0)))
 
 
 def upload(values: IntArray, device: torch.device) -> torch.Tensor:

@@ -43,7 +43,7 @@ _BUILT = 8
 _BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
 #: Backends that take sequences of all lengths in one kernel.
-_VARLEN = frozenset({"flash_attention_2", "flash_attention_3", "torch_varlen"})
+_VARLEN = frozenset({"flash_attention_2", "flash_attention_3", "torch_varlen", "triton_varlen"})
 
 
 @dataclass

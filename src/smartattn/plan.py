@@ -19,12 +19,14 @@ from . import dense
 from .layouts import (
     IntArray,
     KeyBounds,
+    SequenceBounds,
     Sequences,
     VarlenLayout,
     in_a_row,
     in_place_layout,
     key_bounds,
     packed_layout,
+    sequence_bounds,
 )
 
 T = TypeVar("T")
@@ -286,6 +288,12 @@ class Plan:
         return self._derive(
             ("in place", pack_queries, used_keys, pitch),
             lambda: in_place_layout(self, pack_queries, used_keys, pitch),
+        )
+
+    def sequence_bounds(self, pack_queries: bool) -> SequenceBounds:
+        """Where each sequence lies in them, see :func:`layouts.sequence_bounds`."""
+        return self._derive(
+            ("sequence bounds", pack_queries), lambda: sequence_bounds(self, pack_queries)
         )
 
     def key_bounds(self) -> KeyBounds:

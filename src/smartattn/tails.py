@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .layouts import LONGEST_TILE, VarlenLayout
 from .machine import one_line
+from .triton_launch import Launcher
 
 #: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
 _TILE, _TOKENS = 8192, 64
 #: How many elements of a token it looks at, with a kernel of each. Where a token has more than the
 #: last one, programs share it.
 _ELEMENTS = (64, 128, 256, 1024)
-#: Kinds of values of which it is known how the kernel is launched.
-_MOST = 1024
 
 
 @functools.cache
@@ -58,7 +56,7 @@ def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
         _clear(values, layout.tails)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Launch:
     """How the kernel is launched on values of one kind.
 
@@ -66,15 +64,11 @@ class _Launch:
         programs: for the tokens of a gap, and for what there is of a token.
         strides: elements from token to token, from part to part of a token, and in a part.
         sizes: tokens and elements of a program.
-        built: what Triton has built, None before the first launch.
-        direct: whether that is launched itself.
     """
 
     programs: tuple[int, int]
     strides: tuple[int, int, int]
     sizes: tuple[int, int]
-    built: Any = None
-    direct: bool = True
 
     @classmethod
     def of(cls, token_stride: int, head_stride: int, heads: int, dim: int) -> _Launch:
@@ -87,48 +81,18 @@ class _Launch:
         return cls(programs, (token_stride, head_stride, width), (tokens, elements))
 
 
-#: By all that Triton builds kernels for: device, dtype, whether the address is a multiple of 16,
-#: and the integers, of which it wants to know the size, multiplicity and whether they are 1.
-_launches: dict[tuple[Any, ...], _Launch] = {}
+_launch_of = functools.lru_cache(maxsize=1024)(_Launch.of)
+_launcher = Launcher("clear_kernel", "TOKENS", "ELEMENTS")
 
 
 def _clear(values: torch.Tensor, bounds: torch.Tensor) -> None:
-    if torch.cuda.current_device() == values.device.index:
-        return _launch(values, bounds)
-    with torch.cuda.device(values.device):
-        return _launch(values, bounds)
-
-
-def _launch(values: torch.Tensor, bounds: torch.Tensor) -> None:
-    """Launches the kernel, by what Triton built the last time if it can be used again.
-
-    Triton's own way to a built kernel looks at every argument, and takes the host half as long
-    again.
-    """
     # All strides at once are cheaper than one after the other.
     (token_stride, head_stride, _), (_, heads, dim) = values.stride(), values.shape
-    kind = (token_stride, head_stride, heads, dim)
-    facts = (values.device.index, values.dtype, values.data_ptr() % 16 == 0, kind)
-    launch = _launches.get(facts)
-    if launch is None:
-        if len(_launches) >= _MOST:
-            _launches.clear()
-        launch = _launches[facts] = _Launch.of(*kind)
-    grid = (bounds.shape[0] // 2, *launch.programs)
-    if launch.built is not None:
-        try:
-            # Source: python/tutorials/02-fused-softmax.py of Triton.
-            launch.built[grid](values, bounds, *launch.strides, *launch.sizes)
-        except TypeError:
-            # The launcher of another version takes other arguments.
-            launch.built, launch.direct = None, False
-        else:
-            return
-    # Not every machine has Triton, and its import takes a while.
-    from .triton_kernels import clear_kernel
-
-    tokens, elements = launch.sizes
-    built = clear_kernel[grid](values, bounds, *launch.strides, TOKENS=tokens, ELEMENTS=elements)
-    if launch.direct:
-        # An interpreter returns nothing.
-        launch.built = built
+    facts = (token_stride, head_stride, heads, dim)
+    launch = _launch_of(*facts)
+    _launcher(
+        values.device,
+        (values.dtype, values.data_ptr() % 16 == 0, facts),
+        (bounds.shape[0] // 2, *launch.programs),
+        (values, bounds, *launch.strides, *launch.sizes),
+    )

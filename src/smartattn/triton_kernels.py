@@ -34,3 +34,141 @@ def clear_kernel(  # type: ignore[no-untyped-def]
         bad = (found - found) != 0.0
         if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
             tl.store(pointer, 0.0, mask=inside & bad)
+
+
+# Lengths and strides differ from batch to batch: one kernel for all. Strides come in units of 8
+# elements, so that it is known that 16 bytes may be loaded at once.
+_ANY = (
+    *("q_row", "q_head", "q_token", "k_row", "k_head", "k_token", "v_row", "v_head", "v_token"),
+    *("sequences", "q_len", "heads", "group", "shift", "left", "right"),
+)
+
+
+@triton.jit(do_not_specialize=_ANY)  # type: ignore[untyped-decorator]
+def attention_kernel(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    output,
+    table,
+    scale,
+    q_row,
+    q_head,
+    q_token,
+    k_row,
+    k_head,
+    k_token,
+    v_row,
+    v_head,
+    v_token,
+    sequences,
+    q_len,
+    heads,
+    group,
+    shift,
+    left,
+    right,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of sequences where they lie in padded tensors, with zeros between them.
+
+    Programs are (tile, key/value head, sequence). A tile holds ``ROWS`` queries: those of all heads
+    of the group, one token after the other, beginning with the sequence's first one; tiles behind
+    its last one write the zeros of the padding. See :class:`smartattn.layouts.SequenceBounds` for
+    ``table``. A query at position p sees the keys from p - ``left`` to p + ``right``, and ``scale``
+    is that of the scores times log2(e). ``WIDTH`` is ``DIM`` or the next power of two.
+    """
+    number = tl.program_id(2)
+    kv_head = tl.program_id(1)
+    # The last tiles of a causal sequence walk the most keys, and had better not come last.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    row = tl.load(table + number).to(tl.int64)
+    q_start = tl.load(table + sequences + number)
+    q_count = tl.load(table + 2 * sequences + number)
+    k_start = tl.load(table + 3 * sequences + number)
+    k_end = k_start + tl.load(table + 4 * sequences + number)
+    written = tl.load(table + 5 * sequences + number)
+    if first < written * group:
+        element = tl.arange(0, WIDTH)
+        place = first + tl.arange(0, ROWS)
+        number_in_row = place // group
+        head = kv_head * group + place % group
+        token = q_start + number_in_row
+        # Behind the end of a row its left padding is left to write.
+        token = tl.where(token >= q_len, token - q_len, token).to(tl.int64)
+        target = output + ((row * q_len + token) * heads + head)[:, None] * DIM + element[None, :]
+        store = (number_in_row < written)[:, None] & (element < DIM)[None, :]
+        if first >= q_count * group:
+            tl.store(target, tl.zeros([ROWS, WIDTH], dtype=output.dtype.element_ty), mask=store)
+        else:
+            real = number_in_row < q_count
+            q_at = query + row * q_row * 8 + (token * q_token + head * q_head)[:, None] * 8
+            q_mask = real[:, None] & (element < DIM)[None, :]
+            queries = tl.load(q_at + element[None, :], mask=q_mask, other=0.0)
+            position = q_start + shift + number_in_row
+            lowest = q_start + shift + first // group
+            highest = q_start + shift + tl.minimum((first + ROWS - 1) // group, q_count - 1)
+            begin = k_start
+            if WINDOWED:
+                begin = tl.maximum(k_start, lowest - left)
+            end = tl.minimum(k_end, highest + right + 1)
+            # Tiles of keys that all queries see need no mask.
+            whole = 0
+            if not WINDOWED:
+                whole = tl.maximum(tl.minimum(k_end, lowest + right + 1) - begin, 0) // KEYS
+            offset = tl.arange(0, KEYS)
+            k_step, v_step = k_token.to(tl.int64) * 8, v_token.to(tl.int64) * 8
+            k_at = key + row * k_row * 8 + kv_head * (k_head * 8)
+            k_at += (begin + offset)[None, :] * k_step + element[:, None]
+            v_at = value + row * v_row * 8 + kv_head * (v_head * 8)
+            v_at += (begin + offset)[:, None] * v_step + element[None, :]
+            top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+            total = tl.zeros([ROWS], dtype=tl.float32)
+            sums = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+            for tile in tl.range(0, whole, num_stages=STAGES):
+                done = tile * KEYS
+                if WIDTH == DIM:
+                    keys = tl.load(k_at + done * k_step)
+                else:
+                    keys = tl.load(k_at + done * k_step, mask=(element < DIM)[:, None], other=0.0)
+                scores = tl.dot(queries, keys)
+                higher = tl.maximum(top, tl.max(scores, 1) * scale)
+                weights = tl.math.exp2(scores * scale - higher[:, None])
+                shrink = tl.math.exp2(top - higher)
+                total = total * shrink + tl.sum(weights, 1)
+                sums = sums * shrink[:, None]
+                if WIDTH == DIM:
+                    values = tl.load(v_at + done * v_step)
+                else:
+                    values = tl.load(v_at + done * v_step, mask=(element < DIM)[None, :], other=0.0)
+                sums = tl.dot(weights.to(values.dtype), values, sums)
+                top = higher
+            for done in tl.range(whole * KEYS, end - begin, KEYS, num_stages=STAGES):
+                there = begin + done + offset
+                inside = there < end
+                k_mask = inside[None, :] & (element < DIM)[:, None]
+                keys = tl.load(k_at + done * k_step, mask=k_mask, other=0.0)
+                seen = inside[None, :] & (there[None, :] <= (position + right)[:, None])
+                if WINDOWED:
+                    seen = seen & (there[None, :] >= (position - left)[:, None])
+                scores = tl.where(seen, tl.dot(queries, keys) * scale, -float("inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                # A row that has seen nothing yet has no largest score to subtract.
+                base = tl.where(higher == -float("inf"), 0.0, higher)
+                weights = tl.math.exp2(scores - base[:, None])
+                shrink = tl.math.exp2(top - base)
+                total = total * shrink + tl.sum(weights, 1)
+                sums = sums * shrink[:, None]
+                v_mask = inside[:, None] & (element < DIM)[None, :]
+                values = tl.load(v_at + done * v_step, mask=v_mask, other=0.0)
+                sums = tl.dot(weights.to(values.dtype), values, sums)
+                top = higher
+            seen_any = real & (total > 0.0)
+            mean = sums / tl.where(seen_any, total, 1.0)[:, None]
+            mean = tl.where(seen_any[:, None], mean, 0.0)
+            tl.store(target, mean.to(output.dtype.element_ty), mask=store)

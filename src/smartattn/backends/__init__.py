@@ -9,12 +9,14 @@ from .flash_attention_3 import FlashAttention3Backend
 from .sdpa import SdpaBackend
 from .sdpa_unpadded import SdpaUnpaddedBackend
 from .torch_varlen import TorchVarlenBackend
+from .triton_varlen import TritonVarlenBackend
 
 BACKENDS: tuple[Backend, ...] = (
     SdpaBackend(),
     FlashAttention2Backend(),
     FlashAttention3Backend(),
     TorchVarlenBackend(),
+    TritonVarlenBackend(),
     SdpaUnpaddedBackend(),
     EagerBackend(),
 )

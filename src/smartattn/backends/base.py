@@ -77,9 +77,10 @@ def end_quarantine() -> None:
     _quarantine.clear()
 
 
-#: What a kernel goes through: the padded tensors, the real tokens of all sequences at once, or one
-#: group of sequences that lie alike after the other.
-Walk = Literal["padded", "sequences", "groups"]
+#: What a kernel goes through: the padded tensors; the real tokens of all sequences at once, or the
+#: padded tensors where skipping does not pay; the real tokens, always; or one group of sequences
+#: that lie alike after the other.
+Walk = Literal["padded", "sequences", "tokens", "groups"]
 
 
 class Backend(ABC):

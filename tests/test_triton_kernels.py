@@ -1,0 +1,75 @@
+"""smartattn's Triton kernels in Triton's interpreter, which needs no GPU: ``make kernels``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from smartattn import tails
+from smartattn.backends import triton_varlen
+from smartattn.layouts import LONGEST_TILE
+
+from .cases import Case, takes
+from .test_backends_matrix import (
+    CPU,
+    TritonVarlenStandIn,
+    _core,
+    _cpu_cases,
+    _cpu_shape_cases,
+    check_nan_in_padding,
+    run_case,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs Triton and TRITON_INTERPRET=1, which `make kernels` sees to",
+)
+BACKEND = TritonVarlenStandIn()
+
+
+@pytest.fixture(autouse=True)
+def launched_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(triton_varlen, "_broken", lambda device: None)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id)
+        for case in (*_cpu_cases(), *_cpu_shape_cases(BACKEND))
+        # numpy, which interprets it, has no bfloat16.
+        if takes(BACKEND, case) and case.dtype in (torch.float32, torch.float16)
+    ],
+)
+def test_attention_matches_float64(case: Case) -> None:
+    run_case(BACKEND, case, CPU)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
+@pytest.mark.parametrize("name", ["causal-left", "causal-right", "bidirectional-both"])
+def test_nan_in_padding_is_not_read(name: str, layout: str) -> None:
+    case = Case(_core(name), 4, 2, 16, 16, layout, torch.float32, False)
+    check_nan_in_padding(BACKEND, case, CPU)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 80), (20, 128), (4, 256)])
+def test_tails_are_cleared_where_they_are_not_finite(
+    heads: int, dim: int, heads_first: bool
+) -> None:
+    shape = (heads, 300, dim) if heads_first else (300, heads, dim)
+    states = torch.randn(shape, dtype=torch.float16)
+    values = states.transpose(0, 1) if heads_first else states
+    values[::7] = torch.nan
+    values[5::11, :, ::3] = torch.inf
+    bounds = torch.tensor([7, 9, 50, 50 + LONGEST_TILE], dtype=torch.int32)
+    expected = values.clone()
+    for first, last in bounds.view(2, 2).tolist():
+        expected[first:last] = expected[first:last].nan_to_num(0.0, 0.0, 0.0)
+    tails._clear(values, bounds)
+    assert torch.equal(values.nan_to_num(-7.0), expected.nan_to_num(-7.0))
+    assert not bool(torch.isnan(values[50 : 50 + LONGEST_TILE]).any())
