@@ -31,7 +31,8 @@ _TOLERANCE = 2e-2
 class Shape:
     """A call with lengths drawn uniformly, half of the tokens being padding.
 
-    ``how``: "decode" and "prefill" give first and last keys of padded rows, "packed" sequences.
+    ``how``: "decode" and "prefill" give first and last keys of padded rows, "packed" sequences, and
+    "in place" sequences in left-padded rows, with the padding as sequences without keys.
     """
 
     how: str
@@ -52,6 +53,9 @@ SHAPES = (
     Shape("prefill", True, 8, 256, 32, 8, 64),
     Shape("prefill", True, 8, 1024, 32, 8, 128),
     Shape("prefill", True, 4, 16384, 32, 8, 64),
+    Shape("in place", True, 8, 4096, 32, 8, 64),
+    Shape("in place", True, 4, 16384, 32, 8, 64),
+    Shape("in place", True, 4, 16384, 32, 8, 128),
     Shape("packed", True, 8, 256, 32, 8, 64),
     Shape("packed", True, 32, 512, 32, 8, 128),
     Shape("packed", True, 8, 4096, 32, 8, 64),
@@ -95,6 +99,16 @@ def forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Te
         given |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
         given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
         used, q_len, kv_len = integers(lengths), longest, longest
+    elif shape.how == "in place":
+        total, longest = shape.batch * shape.length, shape.length
+        ends = np.arange(1, shape.batch + 1) * longest
+        bounds = integers([0, *np.stack([ends - lengths, ends], 1).reshape(-1), total])
+        queries, keys = (total, shape.heads, shape.dim), (total, shape.kv_heads, shape.dim)
+        used = np.zeros(2 * shape.batch + 1)
+        used[1::2] = lengths
+        given |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "seqused_k": integers(used)}
+        given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        used, q_len, kv_len = integers(used), longest, longest
     else:
         q_len, kv_len = 1 if shape.how == "decode" else shape.length, shape.length
         queries = (shape.batch, q_len, shape.heads, shape.dim)
@@ -106,7 +120,7 @@ def forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Te
     def schedule(pack_gqa: bool | None) -> torch.Tensor:
         namespace = getattr(torch.ops, operator.namespace)
         made: torch.Tensor = namespace.get_scheduler_metadata(
-            shape.batch, q_len, kv_len, shape.heads, shape.kv_heads, shape.dim, shape.dim,
+            len(used), q_len, kv_len, shape.heads, shape.kv_heads, shape.dim, shape.dim,
             torch.bfloat16, used, given["cu_seqlens_q"], None, None, None, given["leftpad_k"],
             None, 0, shape.causal, -1, -1, 0, False, given["num_splits"], pack_gqa, 0,
         )  # fmt: skip

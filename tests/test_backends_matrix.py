@@ -813,6 +813,43 @@ def test_flash_kernels_are_not_used_on_rocm(
     assert backend.unavailable() == "untested on ROCm, where its kernels ignore arguments"
 
 
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "head_dim", "apart"),
+    [(16384, 2, 64, True), (16384, 2, 128, False), (2048, 2, 64, False), (16384, 8, 64, False)],
+)
+def test_heads_of_long_sequences_stay_apart(
+    monkeypatch: pytest.MonkeyPatch, length: int, kv_heads: int, head_dim: int, apart: bool
+) -> None:
+    """FlashAttention-3 then reads left padding as sequences, which it can be told that for."""
+    asked: list[Any] = []
+
+    def forward(*arguments: Any) -> list[torch.Tensor]:
+        given = dict(zip(flash_attention_3._ARGUMENTS, arguments, strict=True))
+        asked.append((given["pack_gqa"], given["leftpad_k"] is None))
+        return [torch.empty(0)]
+
+    monkeypatch.setattr(flash_attention_3, "_operator", lambda: (forward, None))
+    monkeypatch.setattr(tails, "unavailable", lambda device: None)
+    real = np.arange(length)[None] >= np.array([[0], [length // 4]])
+    plan = Plan(2, length, length, Pattern.CAUSAL, CPU, real=real)
+    call = Call(
+        CPU, torch.bfloat16, 2, length, length, 8, kv_heads, head_dim, head_dim,
+        self_attention=True,
+    )  # fmt: skip
+    backend = flash_attention_3.FlashAttention3Backend()
+    how = flash_attention_3._route(plan, call, in_place=True)
+    assert how is (Route.IN_PLACE if apart else Route.KEY_BOUNDS)
+    kernel = flash_attention_3._varlen(plan, call, clear=False)
+    states = torch.empty(1, 1, head_dim)
+    kernel(states, states, states, plan.in_place(True, True, length))
+    assert asked == [(False if apart else None, True)]
+    rows = backend.tile(plan, call)[0]
+    assert rows == {64: 192, 128: 128}[head_dim]
+    # A step of decoding is shared as it was.
+    step = replace(call, q_len=1)
+    assert not flash_attention_3._heads_apart(plan, step)
+
+
 def test_another_signature_of_torch_varlen_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = torch_varlen.TorchVarlenBackend()
     monkeypatch.setattr(torch_varlen, "_varlen_attn", torch_varlen._varlen_attn.__wrapped__)

@@ -42,6 +42,12 @@ _ARGUMENTS = (
 )
 
 
+#: The heads of a group share the tiles of calls with sequences, which short ones need, but which
+#: loads queries more slowly: up to this head_dim, and from as many keys per query on, heads are
+#: faster apart. Measured by ``benchmarks.flash_3``.
+_APART_HEAD, _APART_KEYS = 64, 2048
+
+
 @functools.cache
 def _operator() -> tuple[Any, str | None]:
     """(the forward operator, None), or (None, why it cannot be used)."""
@@ -141,7 +147,8 @@ class FlashAttention3Backend(Backend):
         # without.
         group = call.group_size
         sequences = _route(plan, call, in_place=True) in (Route.IN_PLACE, Route.PACKED)
-        if sequences or _filled(call.q_len, rows) < 0.9 * _filled(call.q_len * group, rows):
+        shared = sequences and not _heads_apart(plan, call)
+        if shared or _filled(call.q_len, rows) < 0.9 * _filled(call.q_len * group, rows):
             rows = max(1, rows // group)
         return rows, columns
 
@@ -162,8 +169,15 @@ class FlashAttention3Backend(Backend):
 def _route(plan: Plan, call: Call, in_place: bool) -> Route:
     # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
     # survives: nothing but the end of the tensor may lie there, or it is cleared first.
-    key_bounds = plan.padding is Padding.LEFT
+    key_bounds = plan.padding is Padding.LEFT and not (in_place and _heads_apart(plan, call))
     return route(plan, call, key_bounds=key_bounds, in_place=in_place, used_keys=in_place)
+
+
+def _heads_apart(plan: Plan, call: Call) -> bool:
+    """Whether sequences are faster if the heads of a group do not share tiles."""
+    if call.head_dim > _APART_HEAD or call.group_size == 1 or call.q_len == 1:
+        return False
+    return plan.attended_pairs(True) >= _APART_KEYS * max(1, plan.real_q)
 
 
 def _filled(queries: int, rows: int) -> float:
@@ -191,6 +205,7 @@ def _dense(plan: Plan, call: Call, bounded: bool) -> DenseKernel:
 
 def _varlen(plan: Plan, call: Call, clear: bool) -> VarlenKernel:
     operator, options = _operator()[0], _options(plan, call)
+    pack_gqa = False if _heads_apart(plan, call) else None
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
@@ -204,6 +219,7 @@ def _varlen(plan: Plan, call: Call, clear: bool) -> VarlenKernel:
             cu_seqlens=(layout.cu_seqlens_q, layout.cu_seqlens_k),
             longest=(layout.max_seqlen_q, layout.max_seqlen_k),
             used_k=layout.used_k,
+            pack_gqa=pack_gqa,
             **options,
         )
 
@@ -223,6 +239,7 @@ def _call(
     longest: tuple[int | None, int | None] = (None, None),
     used_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
+    pack_gqa: bool | None = None,
 ) -> torch.Tensor:
     q, k, v = map(unit_stride, states)
     output: torch.Tensor = operator(
@@ -255,7 +272,7 @@ def _call(
         False,
         None,
         num_splits,
-        None,
+        pack_gqa,
         0,
     )[0]
     return output
