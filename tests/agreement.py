@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 import smartattn
 
@@ -25,6 +26,13 @@ TOLERANCES = {
 CPU_BACKENDS = ("sdpa", "sdpa_unpadded")
 
 WIDTH = 12
+
+#: What an argument and an output that hold a cache are called: "cache" since Transformers 5.24.
+CACHE = next(
+    name
+    for name in inspect.signature(masking_utils.create_causal_mask).parameters
+    if name in ("cache", "past_key_values")
+)
 
 
 def spans(*real: tuple[int, int], width: int = WIDTH) -> Tensor:

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.models.bart.modeling_bart import BartAttention
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import smartattn
+from smartattn.arguments import is_self_attention
 from smartattn.integration import smart_attention
 from smartattn.mask import PlanMask
 from smartattn.plan import Pattern, Plan
@@ -247,6 +252,33 @@ def test_an_unknown_setting_changes_nothing(argument: Any) -> None:
     with smartattn.trace() as trace:
         smart_attention(some_layer(), *states(), mask, novelty=argument)
     assert [row.backend for row in trace.rows] != ["eager"]
+
+
+def test_a_cache_among_the_arguments_changes_nothing() -> None:
+    """Layers that know no cache hand it on to attention, under the name that models know it by."""
+    mask, real = left_padded()
+    tensors = states()
+    expected, _ = smart_attention(some_layer(), *tensors, mask)
+    for name in ("cache", "past_key_values"):
+        cache = {name: DynamicCache()}
+        with smartattn.trace() as trace:
+            actual, _ = smart_attention(some_layer(), *tensors, left_padded()[0], **cache)
+        assert_agree(actual, expected, where=real)
+        assert len(trace.rows) == 1
+        assert trace.rows[0].backend != "eager"
+
+
+@pytest.mark.parametrize(
+    ("layer", "alone"),
+    [
+        (BertSelfAttention, True),
+        (LlamaAttention, True),
+        (BertCrossAttention, False),
+        (BartAttention, False),
+    ],
+)
+def test_layers_without_a_second_source_attend_to_themselves(layer: type, alone: bool) -> None:
+    assert is_self_attention(layer) is alone
 
 
 def test_the_same_layer_with_and_without_an_argument() -> None:

@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, masking_utils
+from transformers import (
+    AttentionInterface,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    masking_utils,
+)
 
 import smartattn
+from smartattn.integration import smart_attention
 
 from . import real_models
-from .agreement import MASKS, WIDTH, assert_agree, run, set_implementation, spans
-from .tiny_models import BOS, PAD, tiny_model, token_ids
+from .agreement import CACHE, MASKS, WIDTH, assert_agree, output_of, run, set_implementation, spans
+from .tiny_models import BOS, PAD, VOCABULARY, tiny_model, token_ids
 
 #: Full layers, windowed layers, both, chunked and full, value head_dim of its own, sinks, softcap.
 DECODERS = ("llama", "mistral", "gemma3", "llama4", "deepseek_v3", "gpt_oss", "gemma2", "gpt2")
@@ -141,7 +149,7 @@ def stepwise(
                 input_ids=ids[:, start:stop],
                 attention_mask=None if mask is None else mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
         )
     return torch.cat(pieces, dim=1)
@@ -186,7 +194,7 @@ def test_a_new_turn_with_padding_of_its_own(name: str) -> None:
                 input_ids=ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             for start, stop in ((0, 6), (6, 11))
         ]
@@ -210,7 +218,7 @@ def test_a_new_turn_equals_the_conversation_alone() -> None:
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         for start, stop in ((0, 6), (6, 11))
     ]
@@ -230,12 +238,10 @@ def test_generate_goes_on_with_a_cache(name: str) -> None:
         set_implementation(model, implementation)
         cache = DynamicCache(config=model.config)
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-        first = model.generate(
-            token_ids(3, 7), attention_mask=PROMPT, past_key_values=cache, **settings
-        )
+        first = model.generate(token_ids(3, 7), attention_mask=PROMPT, **{CACHE: cache}, **settings)
         turn = torch.cat([first, token_ids(3, 3, seed=1)], dim=1)
         mask = torch.cat([PROMPT, torch.ones(3, 4 + 3, dtype=torch.long)], dim=1)
-        second = model.generate(turn, attention_mask=mask, past_key_values=cache, **settings)
+        second = model.generate(turn, attention_mask=mask, **{CACHE: cache}, **settings)
         tokens[implementation] = second.tolist()
     assert tokens["smart"] == tokens["eager"]
 
@@ -252,7 +258,7 @@ def test_cropping_a_cache() -> None:
         "smart",
         input_ids=torch.full((3, 3), BOS),
         attention_mask=torch.cat([mask[:, :8], torch.ones(3, 3, dtype=torch.long)], dim=1),
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     cache.crop(-3)
     rest = run(
@@ -261,9 +267,64 @@ def test_cropping_a_cache() -> None:
         input_ids=ids[:, 8:],
         attention_mask=mask,
         position_ids=torch.arange(8, WIDTH).expand(3, -1),
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     assert_agree(torch.cat([first, rest], dim=1), expected, where=mask)
+
+
+# -- continuous batching ---------------------------------------------------------------------------
+
+
+PROMPTS = [token_ids(1, length, seed=length)[0].tolist() for length in (7, 5, 3)]
+
+
+def batched_continuously(model: Any) -> list[list[int]]:
+    """Greedy continuations of prompts that share one paged cache."""
+    config = GenerationConfig(
+        max_new_tokens=5, do_sample=False, pad_token_id=PAD, eos_token_id=VOCABULARY
+    )
+    # By itself it takes most of the machine's memory.
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    answers = model.generate_batch(
+        inputs=PROMPTS, generation_config=config, continuous_batching_config=small
+    )
+    assert all(answer.error is None for answer in answers.values())
+    return [answers[name].generated_tokens for name in sorted(answers)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be there")
+def test_continuous_batching_is_refused_or_runs_another_implementation() -> None:
+    """Transformers takes its own implementations alone: flash attention if there is one."""
+    model = tiny_model("llama", "sdpa")
+    assert len(batched_continuously(model)) == len(PROMPTS)
+    set_implementation(model, "smart")
+    with pytest.raises(ValueError, match=r"smart.*not supported"):
+        batched_continuously(model)
+    # The model is as it was.
+    mask = MASKS["left"]
+    inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": mask}
+    expected = run(tiny_model("llama"), "eager", **inputs)
+    assert model.config._attn_implementation == "smart"
+    with torch.no_grad():
+        assert_agree(output_of(model(**inputs)), expected, where=mask)
+
+
+def test_paged_caches_of_a_model_of_which_a_part_is_smart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers asks for the implementation of the whole model alone."""
+    model = tiny_model("llama", "sdpa")
+    expected = batched_continuously(model)
+    mapping = AttentionInterface._global_mapping
+    if "paged|sdpa" in mapping:
+        pytest.skip("this Transformers has an implementation of its own for paged caches")
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return smart_attention(*args, **kwargs)
+
+    monkeypatch.setitem(mapping, "sdpa", counted)
+    assert batched_continuously(model) == expected
+    assert calls
 
 
 # -- a real model ----------------------------------------------------------------------------------

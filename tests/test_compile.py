@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import smartattn
 
-from .agreement import MASKS, WIDTH, assert_agree, output_of, run, set_implementation, spans
+from .agreement import CACHE, MASKS, WIDTH, assert_agree, output_of, run, set_implementation, spans
 from .tiny_models import PAD, tiny_model, token_ids
 
 
@@ -158,7 +160,7 @@ def static_decode(name: str, implementation: str) -> int:
             input_ids=ids[:, :8],
             attention_mask=padded,
             position_ids=positions[:, :8],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         steps = []
         for at in range(8, WIDTH):
@@ -166,7 +168,7 @@ def static_decode(name: str, implementation: str) -> int:
                 input_ids=ids[:, at : at + 1],
                 attention_mask=padded,
                 position_ids=positions[:, at : at + 1],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             steps.append(step.logits)
     assert_agree(torch.cat(steps, dim=1), expected[:, 8:], where=mask[:, 8:])
@@ -208,6 +210,38 @@ def test_generate_with_compiled_decode_steps(name: str, cache: str) -> None:
     assert actual.tolist() == expected
 
 
+@pytest.mark.skipif(
+    not getattr(StaticLayer, "is_croppable", False),
+    reason="this Transformers cannot take candidates back out of a static cache",
+)
+def test_assisted_decoding_with_compiled_steps() -> None:
+    """Candidates are checked by several queries in one compiled step."""
+    ids = token_ids(1, 7).repeat(1, 2)
+    settings = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "eos_token_id": None,
+    }
+    expected = tiny_model("gpt2").generate(ids, **settings).tolist()
+    graphs = {}
+    for implementation in ("sdpa", "smart"):
+        torch.compiler.reset()
+        counters.clear()
+        model = tiny_model("gpt2", implementation)
+        tokens = model.generate(
+            ids,
+            prompt_lookup_num_tokens=3,
+            cache_implementation="static",
+            compile_config=compiling_on_cpu(),
+            **settings,
+        )
+        assert tokens.tolist() == expected
+        graphs[implementation] = counters["stats"]["unique_graphs"]
+    assert 0 < graphs["smart"] <= graphs["sdpa"]
+
+
 @pytest.mark.slow
 def test_a_growing_cache_compiles() -> None:
     """Steps with a dynamic cache: more than one graph is nobody's fault, a break would be."""
@@ -215,7 +249,7 @@ def test_a_growing_cache_compiles() -> None:
     model = small_model("llama")
     expected = run(model, "eager", input_ids=ids, attention_mask=mask)
     cache = DynamicCache(config=model.config)
-    run(model, "smart", input_ids=ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+    run(model, "smart", input_ids=ids[:, :8], attention_mask=mask[:, :8], **{CACHE: cache})
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     for at in range(8, WIDTH):
         with torch.no_grad():
@@ -223,7 +257,7 @@ def test_a_growing_cache_compiles() -> None:
                 input_ids=ids[:, at : at + 1],
                 attention_mask=mask[:, : at + 1],
                 position_ids=torch.full((3, 1), at),
-                past_key_values=cache,
+                **{CACHE: cache},
             )
         assert_agree(step.logits, expected[:, at : at + 1], where=mask[:, at : at + 1])
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 import smartattn
 from smartattn.plan import Plan
 
-from .agreement import MASKS, WIDTH, assert_agree, output_of, run, set_implementation
+from .agreement import CACHE, MASKS, WIDTH, assert_agree, output_of, run, set_implementation
 from .tiny_models import BOS, PAD, from_config, tiny_config, tiny_model, token_ids
 
 # -- several models --------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_callers_mask_does_not_keep_the_model() -> None:
         config=model.config,
         inputs_embeds=model.get_input_embeddings()(token_ids(3, WIDTH)).detach(),
         attention_mask=MASKS["left"],
-        past_key_values=None,
+        **{CACHE: None},
         position_ids=None,
     )
     with torch.no_grad():

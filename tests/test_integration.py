@@ -30,6 +30,7 @@ import smartattn
 from smartattn import integration
 
 from .agreement import (
+    CACHE,
     MASKS,
     WIDTH,
     assert_agree,
@@ -370,8 +371,8 @@ def test_host_reads_of_a_decode_step() -> None:
     model = tiny_model("llama")
     cache = transformers.DynamicCache(config=model.config)
     ids, mask = token_ids(3, WIDTH), MASKS["left"]
-    run(model, "eager", input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-    step = {"input_ids": ids[:, -1:], "attention_mask": mask, "past_key_values": cache}
+    run(model, "eager", input_ids=ids[:, :-1], attention_mask=mask[:, :-1], **{CACHE: cache})
+    step = {"input_ids": ids[:, -1:], "attention_mask": mask, CACHE: cache}
     reads = reads_of(model, **step)
     assert reads["smart_attention"] == 0
     assert reads["smart_mask"] <= 1

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 import smartattn
 from smartattn.plan import Plan
 
-from .agreement import assert_agree, assert_differ, run
+from .agreement import CACHE, assert_agree, assert_differ, run
 from .tiny_models import from_config, tiny_config, tiny_model, token_ids
 
 LENGTHS = (5, 1, 3, 7)
@@ -245,13 +245,13 @@ def test_decoding_after_a_prefill_is_not_packed() -> None:
     outputs = {}
     for implementation in ("eager", "smart"):
         cache = DynamicCache(config=model.config)
-        run(model, implementation, input_ids=ids, past_key_values=cache)
+        run(model, implementation, input_ids=ids, **{CACHE: cache})
         outputs[implementation] = run(
             model,
             implementation,
             input_ids=token_ids(2, 3, seed=1),
             position_ids=torch.tensor([[6, 7, 8], [2, 3, 4]]),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     assert_agree(outputs["smart"], outputs["eager"])
 

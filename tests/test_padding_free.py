@@ -31,7 +31,7 @@ from smartattn.plan import Pattern, Plan
 from smartattn.profile import load, shipped_profiles, stack_rules
 from smartattn.stack_rule import StackRule, StackWhen, stack_rule
 
-from .agreement import MASKS, WIDTH, assert_agree, assert_differ, output_of, spans
+from .agreement import CACHE, MASKS, WIDTH, assert_agree, assert_differ, output_of, spans
 from .padding_free_sweep import AGREE, REFUSED, SCENARIOS, examine
 from .sweep.architectures import choose
 from .test_integration import HostReads
@@ -252,7 +252,7 @@ def test_masks_of_a_caller_that_serve_several_forwards() -> None:
     arguments = {
         "config": model.config,
         "inputs_embeds": model.get_input_embeddings()(IDS).detach(),
-        "past_key_values": None,
+        CACHE: None,
         "position_ids": None,
     }
     inputs = {"input_ids": IDS, "use_cache": False}
@@ -362,8 +362,8 @@ def test_tokens_in_the_cache() -> None:
 
     def two_chunks(model: PreTrainedModel) -> Any:
         cache = DynamicCache(config=model.config)
-        model(input_ids=IDS[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
-        return model(input_ids=IDS[:, 6:], attention_mask=mask, past_key_values=cache)
+        model(input_ids=IDS[:, :6], attention_mask=mask[:, :6], **{CACHE: cache})
+        return model(input_ids=IDS[:, 6:], attention_mask=mask, **{CACHE: cache})
 
     actual, expected, rows = both(model, two_chunks)
     assert [(row.packed, row.calls) for row in rows] == [(True, 1), (False, 1)]
@@ -377,7 +377,7 @@ def test_caches_that_are_not_known() -> None:
 
     model = tiny_model("llama", "smart")
     with smartattn.trace() as trace, torch.no_grad(), padding_free(model, always=True):
-        model(input_ids=IDS, attention_mask=LEFT, past_key_values=OwnCache(config=model.config))
+        model(input_ids=IDS, attention_mask=LEFT, **{CACHE: OwnCache(config=model.config)})
     assert "OwnCache" in trace.stacks[0].reason
 
 
@@ -616,6 +616,17 @@ def test_prompts_that_end_in_padding(name: str, padding: str) -> None:
     assert "last position" in trace.stacks[0].reason
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_prompts_whose_cache_will_be_used(name: str) -> None:
+    """A prefill by hand; also under the cache's older name, which Transformers goes on taking."""
+    model = tiny_model("llama", "smart")
+    inputs = {"input_ids": IDS, "attention_mask": RIGHT}
+    with padding_free(model, always=True), smartattn.trace() as trace, torch.no_grad():
+        model(**inputs, **{name: DynamicCache(config=model.config)})
+    assert "last position" in trace.stacks[0].reason
+
+
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache])
 def test_the_cache_is_left_in_the_padded_layout(make: Any) -> None:
     model = tiny_model("llama")
@@ -623,8 +634,8 @@ def test_the_cache_is_left_in_the_padded_layout(make: Any) -> None:
     def prefill(model: PreTrainedModel) -> Any:
         more = {"max_cache_len": WIDTH + 4} if make is StaticCache else {}
         cache = make(config=model.config, **more)
-        result = model(input_ids=IDS, attention_mask=LEFT, past_key_values=cache)
-        assert result.past_key_values is cache
+        result = model(input_ids=IDS, attention_mask=LEFT, **{CACHE: cache})
+        assert result[CACHE] is cache
         return cache
 
     actual, expected, rows = both(model, prefill)
@@ -1031,7 +1042,7 @@ def test_arguments_of_a_forward_do_not_outlive_it() -> None:
     gc.disable()
     try:
         with padding_free(model, always=True), torch.no_grad():
-            cache = model(input_ids=IDS, attention_mask=RIGHT).past_key_values
+            cache = model(input_ids=IDS, attention_mask=RIGHT)[CACHE]
             alive = weakref.ref(cache)
             del cache
             assert alive() is None

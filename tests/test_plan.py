@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
 from smartattn.packing import packs_queries, varlen_refusals
 from smartattn.plan import Padding, Pattern, Plan, _bounds, count_tiled_pairs
+
+from .agreement import CACHE
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -709,7 +712,7 @@ def test_masks_of_real_caches(kind: str, window: int | None, side: str | None) -
         arguments = {
             "inputs_embeds": torch.zeros(2, q_len, 16),
             "attention_mask": mask if side else None,
-            "past_key_values": cache,
+            CACHE: cache,
         }
         create = (
             masking_utils.create_causal_mask
@@ -731,3 +734,39 @@ def test_masks_of_real_caches(kind: str, window: int | None, side: str | None) -
             states = torch.zeros(2, 2, q_len, 8)
             cache.update(states, states, 0)
     assert compared or kind == "static"
+
+
+@pytest.mark.parametrize("extra", [None, "or", "and", "blocks"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_of_packed_sequences(window: int | None, extra: str | None) -> None:
+    """In whatever order Transformers puts the parts of the function together."""
+    create = (
+        masking_utils.create_causal_mask
+        if window is None
+        else masking_utils.create_sliding_window_causal_mask
+    )
+    more: dict[str, Any] = {}
+    if extra == "blocks":
+        # The third block reaches from one sequence into the next.
+        more["block_sequence_ids"] = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, 2, 2, 2, -1]])
+    elif extra is not None:
+        more[f"{extra}_mask_function"] = lambda batch, head, q, kv: (q - kv) % 3 == 0
+    if not more.keys() <= inspect.signature(create).parameters.keys():
+        pytest.skip("this Transformers has no blocks in windows")
+    smart, expected = (
+        create(
+            _config(implementation, window),
+            inputs_embeds=torch.zeros(1, 12, 16),
+            attention_mask=None,
+            position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]),
+            **{CACHE: None},
+            **more,
+        )
+        for implementation in ("smart", "eager")
+    )
+    assert isinstance(smart, PlanMask)
+    assert torch.equal(smart + 0, expected)
+    plan = smart.plan
+    assert plan is not None
+    assert plan.pattern is (Pattern.CAUSAL if extra is None else Pattern.OTHER)
+    assert plan.is_packed is (extra is None)

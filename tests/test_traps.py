@@ -27,6 +27,7 @@ from smartattn.mask import PlanMask
 from smartattn.plan import Padding, Pattern, Plan
 
 from .agreement import (
+    CACHE,
     CONTIGUOUS_MASKS,
     CPU_BACKENDS,
     MASKS,
@@ -203,7 +204,7 @@ def test_trap_04_chunked_prefill_is_aligned_bottom_right(name: str, cut: int, pa
                 input_ids=ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             for start, stop in ((0, cut), (cut, WIDTH))
         ]
@@ -216,7 +217,7 @@ def test_trap_04_a_chunk_with_padding_runs_unpadded() -> None:
     model = tiny_model("llama")
     expected = run(model, "eager", input_ids=ids, attention_mask=mask)
     cache = DynamicCache(config=model.config)
-    run(model, "eager", input_ids=ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+    run(model, "eager", input_ids=ids[:, :5], attention_mask=mask[:, :5], **{CACHE: cache})
     with smartattn.trace() as trace:
         actual = run(
             model,
@@ -224,7 +225,7 @@ def test_trap_04_a_chunk_with_padding_runs_unpadded() -> None:
             "sdpa_unpadded",
             input_ids=ids[:, 5:],
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     assert_agree(actual, expected[:, 5:], where=mask[:, 5:])
     assert [(row.facts["q_len"], row.facts["kv_len"]) for row in trace.rows] == [(7, 12)]
@@ -303,7 +304,7 @@ def test_trap_05_sliding_cache_shorter_than_the_mask(name: str, padding: str) ->
                     input_ids=ids[:, start:stop],
                     attention_mask=mask[:, :stop],
                     position_ids=positions[:, start:stop],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
             )
         assert cache.layers[0].keys.shape[2] < WIDTH
@@ -407,7 +408,7 @@ def test_trap_07_empty_slots_of_a_static_cache_are_not_seen(prefill: int, masked
                     backends,
                     input_ids=ids[:, start:stop],
                     attention_mask=mask,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
             )
             # What lies in the empty slots is not zero in a cache that was used before.
@@ -522,7 +523,7 @@ def test_trap_09_one_query_needs_no_copy_of_the_cache(sdpa_calls: list[dict[str,
     cache = DynamicCache(config=model.config)
     ids, mask = token_ids(2, 34), spans((0, 34), (4, 34), width=34)
     expected = run(model, "eager", input_ids=ids, attention_mask=mask)[:, -1:]
-    run(model, "eager", input_ids=ids[:, :33], attention_mask=mask[:, :33], past_key_values=cache)
+    run(model, "eager", input_ids=ids[:, :33], attention_mask=mask[:, :33], **{CACHE: cache})
     actual = run(
         model,
         "smart",
@@ -530,7 +531,7 @@ def test_trap_09_one_query_needs_no_copy_of_the_cache(sdpa_calls: list[dict[str,
         input_ids=ids[:, 33:],
         attention_mask=mask,
         position_ids=torch.full((2, 1), 33),
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     assert_agree(actual, expected)
     assert all(call["key"].shape[1] == 2 for call in sdpa_calls)

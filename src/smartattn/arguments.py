@@ -17,6 +17,7 @@ from .plan import Pattern, Plan
 NEUTRAL_ARGUMENTS = frozenset(
     {
         "attention_mask",
+        "cache",
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
@@ -48,6 +49,7 @@ _SELF_ATTENTION_PARAMETERS = frozenset(
     {
         "self",
         "attention_mask",
+        "cache",
         "cache_position",
         "head_mask",
         "hidden_states",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .patterns import CACHE_NAMES
 from .stacks import Head, Stack
 
 #: The label that the losses of Transformers leave out.
@@ -24,7 +25,7 @@ _KNOWN = frozenset(
         "attention_mask",
         "position_ids",
         "token_type_ids",
-        "past_key_values",
+        *CACHE_NAMES,
         "labels",
         "shift_labels",
         "num_items_in_batch",
@@ -65,9 +66,9 @@ def reads_last(values: dict[str, Any]) -> bool:
     Generation asks for them alone, or at least hands over the cache that it will go on with.
     """
     keep = values.get("logits_to_keep", 0)
-    if values.get("past_key_values") is not None or isinstance(keep, torch.Tensor):
+    if any(values.get(name) is not None for name in CACHE_NAMES):
         return True
-    return bool(keep)
+    return isinstance(keep, torch.Tensor) or bool(keep)
 
 
 def guard_for(stack: Stack, values: dict[str, Any]) -> tuple[Guard | None, str | None]:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import faults
@@ -72,7 +73,12 @@ class _Choice:
 #: What a choice depends on beside the plan and arguments that are not plain; see ``_choice``.
 _Signature: TypeAlias = tuple[Any, ...]
 #: Arguments under which the signature says all.
-_PLAIN_ARGUMENTS = NEUTRAL_ARGUMENTS - {"cu_seq_lens_q", "deterministic", "output_attentions"}
+_PLAIN_ARGUMENTS = NEUTRAL_ARGUMENTS - {
+    "cache",
+    "cu_seq_lens_q",
+    "deterministic",
+    "output_attentions",
+}
 
 
 def smart_attention(
@@ -125,8 +131,9 @@ def smart_attention(
     if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
     if choice is None:
-        if kwargs.get("output_attentions") or kwargs.get("cache") is not None:
-            # Transformers' own warning, and its own handling of paged caches.
+        if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
+            # Transformers' own warning, and its own handling of paged caches: since 5.24 layers
+            # handle them themselves.
             output, weights = sdpa_attention_forward(
                 module,
                 query,

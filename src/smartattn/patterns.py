@@ -26,6 +26,9 @@ class Known:
     packed_ids: torch.Tensor | None = None
 
 
+#: What Transformers calls the argument that holds a cache, the newest name first.
+CACHE_NAMES = ("cache", "past_key_values")
+
 _UNKNOWN = Known(Pattern.OTHER)
 
 
@@ -102,8 +105,11 @@ def packed_despite_cache(batch: int, length: int) -> BoolArray | None:
     caller = sys._getframe(2)
     if caller.f_code.co_filename != masks.__file__:
         return None
-    position_ids = caller.f_locals.get("position_ids")
-    if caller.f_locals.get("past_key_values") is None or not isinstance(position_ids, torch.Tensor):
+    given = caller.f_locals
+    position_ids = given.get("position_ids")
+    if all(given.get(name) is None for name in CACHE_NAMES):
+        return None
+    if not isinstance(position_ids, torch.Tensor):
         return None
     if position_ids.shape not in ((1, length), (batch, length)):
         return None

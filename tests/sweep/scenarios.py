@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
+from ..agreement import CACHE
 from .inputs import BATCH, LENGTH, InputKind, Inputs, parameters
 
 PROMPT = 14
@@ -143,7 +144,7 @@ def call(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
 
 def cache_switch(model: PreTrainedModel, use_cache: bool) -> dict[str, bool]:
     """The argument `use_cache`, for a model that can have a cache; its forward may not name it."""
-    can_have_one = not {"past_key_values", "use_cache"}.isdisjoint(parameters(model))
+    can_have_one = not {CACHE, "use_cache"}.isdisjoint(parameters(model))
     return {"use_cache": use_cache} if can_have_one else {}
 
 
@@ -228,8 +229,8 @@ def step_by_step(
 
     def run(subject: Subject, model: PreTrainedModel) -> Results:
         require_tokens(subject)
-        if "past_key_values" not in parameters(model):
-            raise NotApplicable("takes no past_key_values")
+        if CACHE not in parameters(model):
+            raise NotApplicable(f"takes no {CACHE}")
         arguments: dict[str, Any] = dict(subject.inputs)
         if make_mask and subject.pads_encoder:
             encoder_length = subject.inputs["input_ids"].shape[1]
@@ -237,7 +238,7 @@ def step_by_step(
         if subject.is_seq2seq:
             arguments["encoder_outputs"] = encoded_once(model, arguments)
         if make_cache:
-            arguments["past_key_values"] = make_cache(subject, model)
+            arguments[CACHE] = make_cache(subject, model)
         tokens = subject.inputs[subject.token_name]
         mask = (make_mask or full_mask)(sum(chunks))
         results: Results = {}
@@ -248,11 +249,11 @@ def step_by_step(
             if make_mask:
                 arguments[subject.token_mask_name] = mask[:, :stop]
             output = call(model, arguments | cache_switch(model, True))
-            if getattr(output, "past_key_values", None) is None:
-                raise NotApplicable("returns no past_key_values")
+            if getattr(output, CACHE, None) is None:
+                raise NotApplicable(f"returns no {CACHE}")
             for name, value in answers(output, subject, mask[:, start:stop]).items():
                 results[f"{name} {start}:{stop}"] = value
-            arguments["past_key_values"] = output.past_key_values
+            arguments[CACHE] = output[CACHE]
             start = stop
         return results
 
