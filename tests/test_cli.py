@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from smartattn import __version__, calibrate, cli, grid, machine, parallel, profile, samples
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
@@ -241,6 +242,22 @@ def test_a_profile_without_rules_for_padding_free_shows_those_in_force(
     assert "padding_free, by the built-in default" in out
     assert "h200_model_forwards.json" in out
     assert "cpu_padding_free.json" not in out
+
+
+def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = ((32, 1.3, 1.42), (1536, 1.0, 2.5), (4096, 1.01, 1.049), (8192, 1.2, None))
+    winners = tuple(
+        profile.Winner(from_kv_len=n, backend="sdpa", speedup=there, largest_speedup=most)
+        for n, there, most in ratios
+    )
+    one = profile.Threshold(
+        mode="decode", layout="padded", causal=False, dtype="float32", head_dim=64, batch=8,
+        heads=16, kv_heads=16, padding_share=0.5, winners=winners,
+    )  # fmt: skip
+    cli.print_thresholds((one,), Console())
+    out = capsys.readouterr().out
+    assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
+    assert "no number: less than 1.05 times as fast" in out
 
 
 @pytest.mark.parametrize(

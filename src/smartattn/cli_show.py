@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_errors import UserError
+from .units import LEAD
 
 if TYPE_CHECKING:
-    from .profile import Profile, Rule, Threshold, When
+    from .profile import Profile, Rule, Threshold, When, Winner
     from .stack_rule import StackRule, StackWhen
 
 #: How conditions print that always hold.
@@ -163,13 +164,18 @@ def _applying(when: _Conditions, kind: str | None) -> _Conditions | None:
     return when.model_copy(update={"device": None}) if when.device in (None, kind) else None
 
 
+def _lead(winner: Winner) -> str:
+    ratio = winner.largest_speedup
+    return f" ({ratio:.2f})" if ratio is not None and ratio >= LEAD else ""
+
+
 def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
     """Prints who wins from which key length on."""
     table = Table(
         "call",
         "head dim",
         "padding",
-        "fastest from which key length on (times faster than the next one there)",
+        "fastest from which key length on (times as fast as the next one, at most)",
         title="Thresholds, for 8 rows or packed sequences and 16 heads",
     )
     last = None
@@ -182,7 +188,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         if last is not None and group != last:
             table.add_section()
         winners = [
-            f"{winner.from_kv_len}: {winner.backend} ({winner.speedup:.2f})"
+            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner)}"
             for winner in threshold.winners
         ]
         table.add_row(
@@ -194,3 +200,4 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
+        console.print(f"no number: less than {LEAD} times as fast", highlight=False)

@@ -108,8 +108,11 @@ class Winner(Record):
 
     from_kv_len: Tokens
     backend: BackendName
-    #: Predicted time of the runner-up at ``from_kv_len`` divided by the winner's.
+    #: Predicted time of the runner-up divided by the winner's, at ``from_kv_len``: near 1 where one
+    #: has just become faster than the other.
     speedup: Annotated[float, Field(ge=1.0, le=1e9)]
+    #: The largest such ratio from there to the next entry; None in profiles of before.
+    largest_speedup: Annotated[float, Field(ge=1.0, le=1e9)] | None = None
 
 
 class Threshold(Record):
