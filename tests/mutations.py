@@ -589,8 +589,8 @@ MUTATIONS = (
     Mutation(
         "a slower smart is said to pay",
         "bench.py",
-        "if speedup < 1 - noise:",
-        "if False:",
+        "return self.tells and self.ratio > 1",
+        "return self.tells",
         VERIFY,
     ),
     Mutation(

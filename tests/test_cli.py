@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from smartattn import __version__, calibrate, cli, grid, machine, parallel, profile, samples
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
@@ -206,13 +207,77 @@ def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"yours: {path.parent}\n" in out
     assert f"shipped: {profile.shipped_profiles()}\n" in out
     assert out.count(str(path.parent)) == 1
+    assert f"in force for cpu ({identity}): {path.stem}, the user's own\n" in out
 
 
-def test_show_without_a_profile_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_without_a_profile_shows_the_rules_of_the_device(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # No profile is shipped for it.
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Imaginary CPU")
     assert cli.run(["show"]) == 0
     out = capsys.readouterr().out
     assert "the built-in default" in out
-    assert "36585" in out
+    assert "shipped for this device: none" in out
+    assert "padded, from 25% padding on, from 256 queries on" in out
+    assert "cpu_padding_free.json" in out
+    assert out.count("otherwise") == 2, "of both tables"
+    for foreign in ("cuda", "36585", "h200", "flash_attention", "torch_varlen"):
+        assert foreign not in out.lower()
+    default = str(profile.shipped_profiles() / "default.json")
+    assert cli.run(["show", "--profile", default]) == 0
+    every = capsys.readouterr().out
+    for said in ("on cuda, padded, from 3,000 keys on", "on cpu, padded", "36585", "h200"):
+        assert said in every
+
+
+def test_a_profile_without_rules_for_padding_free_shows_those_in_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = profile.Profile(name="made", device=machine.Device(kind="cuda", name="NVIDIA Imaginary"))
+    profile.save(made, tmp_path / "p.json")
+    assert cli.run(["show", "--profile", str(tmp_path / "p.json")]) == 0
+    out = capsys.readouterr().out
+    assert "padding_free, by the built-in default" in out
+    assert "h200_model_forwards.json" in out
+    assert "cpu_padding_free.json" not in out
+
+
+def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = ((32, 1.3, 1.42), (1536, 1.0, 2.5), (4096, 1.01, 1.049), (8192, 1.2, None))
+    winners = tuple(
+        profile.Winner(from_kv_len=n, backend="sdpa", speedup=there, largest_speedup=most)
+        for n, there, most in ratios
+    )
+    one = profile.Threshold(
+        mode="decode", layout="padded", causal=False, dtype="float32", head_dim=64, batch=8,
+        heads=16, kv_heads=16, padding_share=0.5, winners=winners,
+    )  # fmt: skip
+    cli.print_thresholds((one,), Console())
+    out = capsys.readouterr().out
+    assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
+    assert "no number: less than 1.05 times as fast" in out
+
+
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [
+        ({}, "otherwise"),
+        ({"device": "cpu"}, "on cpu"),
+        ({"padded": True, "packed": False, "causal": False}, "padded, not packed, not causal"),
+        ({"min_padding_share": 0.25, "min_q_len": 2}, "from 25% padding on, from 2 queries on"),
+        ({"min_kv_len": 3000, "max_kv_len": 9000}, "from 3,000 keys on, up to 9,000 keys"),
+    ],
+)
+def test_conditions_are_words(when: dict[str, Any], words: str) -> None:
+    assert str(profile.When(**when)) == words
+
+
+def test_every_condition_has_words() -> None:
+    examples = {"device": "cpu", "padded": True, "packed": True, "causal": True}
+    for name in profile.When.model_fields:
+        assert str(profile.When(**{name: examples.get(name, 1)})) != "otherwise", name
 
 
 def test_show_says_why_a_profile_is_not_in_force(

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,7 +21,12 @@ from transformers import AutoModelForCausalLM
 
 import smartattn
 from smartattn import control, log
+from smartattn.backends import NAMED
+from smartattn.call import Call
+from smartattn.choose import Decision, Verdict
 from smartattn.integration import smart_attention
+from smartattn.plan import Pattern, Plan
+from smartattn.profile import Profile
 from smartattn.record import Trace
 
 from .agreement import MASKS, WIDTH
@@ -247,6 +252,22 @@ def test_the_steps_of_a_generation_share_a_line() -> None:
     assert steps.split()[0] == "5"
     assert f"{WIDTH + 1}-{WIDTH + 5}" in steps
     assert steps.split().count("10") == 1, "two layers, five steps"
+
+
+@pytest.mark.parametrize(("bottleneck", "lines"), [(None, 2), ("host", 3), ("device", 3)])
+def test_a_prediction_in_a_layer_that_waits_is_explained(
+    bottleneck: Literal["host", "device"] | None, lines: int
+) -> None:
+    plan = Plan(2, 1, 64, Pattern.CAUSAL, torch.device("cpu"), shift=63)
+    call = Call(torch.device("cpu"), torch.bfloat16, 2, 1, 64, 4, 4, 64, 64)
+    sdpa = NAMED["sdpa"]
+    verdicts = (Verdict("sdpa", (), 20.0, bottleneck=bottleneck, device_us=90.0),)
+    trace = Trace()
+    trace.record(plan, call, Decision(sdpa, "fastest", verdicts, Profile(name="made")))
+    shown = str(trace).splitlines()
+    assert len(shown) == lines
+    if lines == 3:
+        assert shown[-1].startswith("predicted: by how much one call lengthens its layer")
 
 
 def test_an_empty_trace_prints_its_header() -> None:

@@ -112,6 +112,23 @@ def test_the_map_prints_a_letter_per_winner() -> None:
     assert "4k" in text
 
 
+def test_a_lead_that_is_none_has_no_number() -> None:
+    for speedup, says in ((None, ""), (1.0, ""), (1.049, ""), (1.06, "1.1"), (12.0, ">9")):
+        assert crossover._times(crossover.Cell("sdpa", speedup)) == says
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    console = Console(record=True, width=120, file=io.StringIO())
+    crossover.show(crossover.maps(shipped), console)
+    text = console.export_text()
+    assert "1.0│" not in text
+    assert "none: less than 1.05" in text
+
+
+def test_of_backends_that_count_as_equal_the_map_has_the_one_that_is_chosen() -> None:
+    costs = (cost("sdpa", {"call": 100.5}), cost("flash_attention_2", {"call": 100.0}))
+    (one,) = crossover.maps(Profile(name="made", costs=costs))
+    assert set(one.wins) == {"sdpa"}
+
+
 def test_letters_are_told_apart() -> None:
     names = ["sdpa", "sdpa_unpadded", "flash_attention_2", "flash_attention_3", "s"]
     letters = crossover._letters(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import smartattn
 from smartattn import cli, machine, profile, workload
-from smartattn.explanation import explain
+from smartattn.explanation import Winner, explain
 from smartattn.stack_rule import StackRule, StackWhen
 from smartattn.units import format_us, span_us
 
@@ -105,7 +106,9 @@ def test_what_is_small_has_a_column() -> None:
     time = explain(**request)
     assert time.header == ("backend", "predicted", "remark")
     assert not any(line.startswith("objective: ") for line in time.lines())
-    assert "what one call adds to the time of its layer" in time.lines()[0]
+    assert time.lines()[0].startswith("predicted: the time of one call, and 1/24 of")
+    assert time.waits_for is None
+    assert time.as_dict()["options"][0]["device_us"] is None, "one and the same on a CPU"
     assert any(line.startswith('"-": not measured') for line in time.lines())
     memory = explain(**request, objective="memory")
     assert memory.header == ("backend", "predicted", "peak memory", "remark")
@@ -167,6 +170,91 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
     assert not any("by a rule" in line for line in never.lines() if line.startswith("by length"))
 
 
+@pytest.mark.parametrize(
+    ("winners", "says"),
+    [
+        (((0, "a", False),), "a at every length"),
+        (((0, "a", True),), "a at every length"),
+        ((), "none at every length"),
+        (((0, "a", False), (9, "b", False)), "a, from 9 tokens b"),
+        (((0, "a", True), (9, "b", True)), "a, from 9 tokens b"),
+        (
+            ((0, "a", False), (9, "b", False), (4000, "b", True)),
+            "a, from 9 tokens b (from 4,000 on by a rule, not measured)",
+        ),
+        (
+            ((0, "a", False), (9, "a", True)),
+            "a at every length (from 9 on by a rule, not measured)",
+        ),
+        (
+            ((0, "a", True), (9, "a", False), (4000, "b", True)),
+            "a (up to 8 by a rule, not measured), from 4,000 tokens b by a rule (not measured)",
+        ),
+        (
+            ((0, "a", False), (9, "a", True), (20, "a", False), (40, "b", False)),
+            "a (from 9 to 19 by a rule, not measured), from 40 tokens b",
+        ),
+    ],
+)
+def test_no_switch_to_the_same_backend_is_printed(winners: Any, says: str) -> None:
+    made = tuple(Winner(*winner) for winner in winners)
+    assert replace(explain(seq_len=64, device="cpu", **SIZES), winners=made).crossovers == says
+
+
+def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -> None:
+    """A decoding step waits for the host: its kernel runs while the host goes on."""
+    shape: dict[str, Any] = {**SIZES, "batch": 32, "padding": 0.4, "device": "nvidia-h200"}
+    step = explain(**shape, seq_len=4096, decode=True)
+    chosen = step.options[0]
+    assert step.waits_for == "host"
+    assert chosen.predicted_us is not None
+    assert chosen.device_us is not None
+    assert chosen.host_us is not None
+    assert chosen.host_us < chosen.predicted_us < chosen.device_us
+    assert step.header == ("backend", "adds to layer", "host", "device", "remark")
+    row = step.rows()[0]
+    assert row[1:4] == tuple(
+        map(format_us, (chosen.predicted_us, chosen.host_us, chosen.device_us))
+    )
+    text = str(step)
+    assert "the layer waits for the host as it is, so that what the device does meanwhile" in text
+    assert f"predicted to add {row[1]} to a layer that waits for the host" in step.reason
+    assert json.loads(step.to_json())["captions"] == step.captions()
+    prefill = explain(**shape, seq_len=2048, causal=True)
+    assert prefill.waits_for == "device"
+    chosen = prefill.options[0]
+    assert (chosen.predicted_us or 0) >= (chosen.device_us or 0) > (chosen.host_us or 0)
+    assert "what the host does meanwhile adds nothing" in str(prefill)
+
+
+def test_calls_on_their_own_take_the_longer_of_host_and_device(tmp_path: Path) -> None:
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    (tmp_path / "profiles").mkdir()
+    alone = shipped.model_copy(update={"surroundings": None})
+    profile.save(alone, tmp_path / "profiles" / "nvidia-h200.json")
+    answer = explain(**SIZES, batch=4, seq_len=256, causal=True, device="nvidia-h200")
+    assert answer.waits_for is None
+    assert answer.header == ("backend", "predicted", "host", "device", "remark")
+    assert answer.captions()[0].startswith("predicted: the longer one of host and device")
+    assert "in a layer" not in answer.reason
+    for option in answer.options:
+        if option.predicted_us is not None:
+            assert option.predicted_us >= max(option.host_us or 0, option.device_us or 0) > 0
+
+
+def test_a_ratio_that_says_nothing_is_not_printed() -> None:
+    shape: dict[str, Any] = {**SIZES, "batch": 1, "packed": 16, "causal": True, "grad": True}
+    answer = explain(**shape, seq_len=32768, objective="memory", device="nvidia-h200")
+    assert answer.reason.endswith(" MiB predicted, in the shortest time")
+    first, second, *others = answer.options
+    us = first.predicted_us
+    assert us is not None
+    for factor, says in ((1.004, "as fast, to within 1%"), (0.996, "as fast, to within 1%"),
+                         (1.02, "1.02 times as long"), (0.9, "0.90 times as long")):  # fmt: skip
+        options = (first, replace(second, predicted_us=us * factor), *others)
+        assert replace(answer, options=options).rows()[1][-1] == says
+
+
 def test_a_profile_of_rules_alone_does_not_apologise() -> None:
     answer = explain(seq_len=64, padding=0.5, device="cpu", causal=True, **SIZES)
     assert answer.profile == "default"
@@ -189,7 +277,8 @@ def test_refusals_are_all_there() -> None:
 
 def test_a_rule_is_quoted() -> None:
     answer = explain(seq_len=64, padding=0.5, device="cpu", causal=True, **SIZES)
-    assert "36585" in answer.reason
+    assert answer.reason.startswith("rule of profile default: SDPA takes every call")
+    assert "36585" not in answer.reason, "that is about GPUs"
     assert answer.options[0].predicted_us is None
 
 
@@ -492,7 +581,7 @@ def test_a_sentence_has_the_time_of_the_table() -> None:
     )
     predicted = answer.rows()[0][1]
     assert predicted.endswith(" ms")
-    assert f"{predicted} predicted" in answer.reason
+    assert f"predicted to add {predicted} to a layer that waits for the device" in answer.reason
 
 
 def test_spans_of_times() -> None:

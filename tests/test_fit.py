@@ -414,6 +414,44 @@ def test_thresholds_are_what_the_models_say() -> None:
     assert crossings
 
 
+def flat(backend: str, us: float, per_token: float = 0.0) -> Cost:
+    """Decoding steps of so many microseconds, and so many more for each token of a row."""
+    return Cost(
+        backend=backend,
+        mode="decode",
+        layout="padded",
+        causal=False,
+        dtype="bfloat16",
+        head_dim=64,
+        host_us={},
+        device_us={"call": us, "width": 1e3 * per_token},
+        longest_kv_len=1024,
+        samples=10,
+        median_error=0.0,
+    )
+
+
+def test_thresholds_name_what_is_chosen_of_backends_that_count_as_equal() -> None:
+    costs = (flat("sdpa", 100.5), flat("flash_attention_2", 100.0))
+    for one in thresholds(costs, CUDA):
+        assert [winner.backend for winner in one.winners] == ["sdpa"]
+        assert one.winners[0].speedup == one.winners[0].largest_speedup == 1.0
+    (faster, *_) = thresholds((costs[0], flat("flash_attention_2", 99.0)), CUDA)
+    assert [winner.backend for winner in faster.winners] == ["flash_attention_2"]
+
+
+def test_thresholds_say_how_far_ahead_the_fastest_gets() -> None:
+    costs = (flat("sdpa", 10.0, 0.1), flat("torch_varlen", 40.0))
+    for one in thresholds(costs, CUDA):
+        first, second = one.winners
+        assert (first.backend, second.backend) == ("sdpa", "torch_varlen")
+        # The further to the left the further ahead sdpa is; the other one the further to the right.
+        assert first.largest_speedup == first.speedup
+        assert second.largest_speedup is not None
+        assert second.largest_speedup > second.speedup
+        assert second.largest_speedup == pytest.approx((10 + 0.1 * 1024) / 40, rel=1e-3)
+
+
 def test_thresholds_know_backends_that_were_measured_with_other_head_sizes() -> None:
     families = [grid.Family("forward", True, ("left",), "bfloat16", dim) for dim in (64, 128)]
     both = [sample for family in families for sample in samples_of(drawn(30, family=family))]

@@ -422,6 +422,11 @@ def test_default_rules() -> None:
     assert first(long, "cuda") == "flash_attention_2"
     assert first(short, "cuda") == "sdpa"
     assert first(dense, "cuda") == "sdpa"
+    tiny = padded_plan(length=128)
+    for device, about_gpus in (("cuda", True), ("cpu", False)):
+        rule = default.rule(tiny, call_for(tiny, device))
+        assert rule is not None
+        assert ("36585" in rule.because) == about_gpus
     assert first(long, "cpu") == first(short, "cpu") == "sdpa_unpadded"
     assert first(padded_plan(length=4096, shortest=3500), "cpu") == "sdpa", "little padding"
     assert first(padded_plan(length=128), "cpu") == "sdpa"

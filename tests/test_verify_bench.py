@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 import smartattn
-from smartattn import bench, cli, models, verify
+from smartattn import bench, cli, cli_models, models, verify
 from smartattn.backends.sdpa import SdpaBackend
 from smartattn.call import Call, Runner
 from smartattn.plan import Plan
@@ -145,8 +148,9 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
         assert name in out
     assert out.startswith("forward, 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
-    assert "padding_free: " in out
-    assert "it ran 1 forward padded: no rule of the profile" in out
+    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: no"
+    assert said in out
+    assert "part early" not in out
     assert "here" in out.splitlines()[-1]
     assert cli.run([*arguments, "--json", "--new-tokens", "3"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -191,7 +195,10 @@ def test_bench_runs_padding_free_in_its_own_row_alone(
     assert rows[bench.PADDING_FREE].difference < 1e-5
     (stack,) = rows[bench.PADDING_FREE].stacks
     assert stack == "ran 1 forward packed: asked for whenever it is exact"
-    assert "times as fast as smart; it ran 1 forward packed" in (found.padding_free or "")
+    assert rows[bench.PADDING_FREE].packed
+    assert not rows["smart"].packed
+    said = " smart, and less than 3 rounds tell nothing; it ran 1 forward packed: asked for"
+    assert said in (found.padding_free or "")
     assert found.as_dict()["padding_free"] == found.padding_free
     assert not model.__dict__.get("_smartattn_padding_free")
 
@@ -207,8 +214,20 @@ def test_bench_says_why_a_model_cannot_be_padding_free(folder: Any) -> None:
 
 
 def made(**seconds: list[float]) -> bench.Benchmark:
-    rows = tuple(bench.Row(name, times) for name, times in seconds.items())
+    rows = tuple(
+        bench.Row(name, times, packed=name == bench.PADDING_FREE) for name, times in seconds.items()
+    )
     return bench.Benchmark(rows, "cpu", "float32", 10, 10, 0, 0)
+
+
+def around(median: float, spread: float, rounds: int = 9) -> list[float]:
+    """Rounds evenly apart whose interquartile range is a share of their median."""
+    steps = [place / (rounds - 1) - 0.5 for place in range(rounds)]
+    return [median * (1 + 2 * spread * step) for step in steps]
+
+
+def packing(smart: list[float], free: list[float], sdpa: list[float]) -> bench.Benchmark:
+    return made(**{"sdpa": sdpa, "smart": smart, bench.PADDING_FREE: free})
 
 
 @pytest.mark.parametrize(
@@ -216,19 +235,51 @@ def made(**seconds: list[float]) -> bench.Benchmark:
     [
         (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "does not pay"),
         (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "attn_implementation='sdpa'"),
-        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[0.5] * 3), "pays here: 2.00 times"),
-        (made(sdpa=[1.0] * 3, smart=[1.01] * 3), "no difference"),
+        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "takes 2.00 times as long as"),
+        (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[0.5] * 3), "pays here: it is 2.00 times"),
+        (made(sdpa=[1.0] * 3, smart=[1.01] * 3), "no difference here: it takes 1.01 times as long"),
+        (made(sdpa=[1.0] * 3, smart=[1.001] * 3), "it is as fast as sdpa, and the rounds leave 2%"),
         # Within the spread of the rounds, which may be so large that nothing follows.
-        (made(sdpa=[1.0, 1.05, 1.1], smart=[1.02, 1.04, 1.06]), "no difference"),
-        (made(sdpa=[1.0, 1.4, 1.8], smart=[1.2, 1.3, 1.4]), "cannot be told: the rounds vary by"),
+        (made(sdpa=around(1.0, 0.02), smart=around(0.98, 0.03)), "it is 1.02 times as fast as"),
+        (made(sdpa=around(1.0, 0.02), smart=around(0.98, 0.03)), "no difference here"),
+        (made(sdpa=[1.0, 1.05, 1.1], smart=[1.02, 1.04, 1.06]), "cannot be told"),
+        (made(sdpa=[1.0, 1.4, 1.8], smart=[1.2, 1.3, 1.4]), "cannot be told: it is 1.08 times"),
+        # What is printed counts: the same figure is not beyond itself.
+        (made(sdpa=around(1.0204, 0.0), smart=around(1.0, 0.0)), "no difference"),
+        (made(sdpa=around(1.0, 0.0), smart=around(1.0204, 0.0)), "no difference"),
+        (made(sdpa=around(1.026, 0.0), smart=around(1.0, 0.0)), "pays here: it is 1.03 times"),
+        # The same difference and spread in fewer rounds is less certain.
+        (
+            made(sdpa=around(1.0, 0.06), smart=around(1.08, 0.06)),
+            "does not pay here: it takes 1.08",
+        ),
+        (made(sdpa=around(1.08, 0.06), smart=around(1.0, 0.06)), "smart pays here: it is 1.08"),
+        (made(sdpa=around(1.08, 0.06, 5), smart=around(1.0, 0.06, 5)), "cannot be told"),
+        (made(sdpa=around(1.0, 0.06, 5), smart=around(1.08, 0.06, 5)), "cannot be told"),
+        (made(sdpa=[2.0] * 2, smart=[1.0] * 2), "cannot be told: it is 2.00 times as fast as sdpa"),
+        (made(sdpa=[2.0] * 2, smart=[1.0] * 2), "less than 3 rounds tell nothing"),
         # What pays is named first, whatever smart alone does.
         (
-            made(**{"sdpa": [1.0] * 3, "smart": [1.0] * 3, bench.PADDING_FREE: [0.5] * 3}),
-            "smart with padding_free pays here: 2.00 times as fast as sdpa",
+            packing([1.0] * 3, [0.5] * 3, [1.0] * 3),
+            "smart with padding_free pays here: it is 2.00 times as fast as sdpa, the best of the "
+            "others; smart alone makes no difference",
         ),
         (
-            made(**{"sdpa": [1.0] * 3, "smart": [2.0] * 3, bench.PADDING_FREE: [1.5] * 3}),
-            "does not pay",
+            packing([1.25] * 3, [0.5] * 3, [1.0] * 3),
+            "smart alone takes 1.25 times as long as sdpa",
+        ),
+        (packing([0.8] * 3, [0.5] * 3, [1.0] * 3), "smart alone is 1.25 times as fast as sdpa"),
+        (packing([2.0] * 3, [1.5] * 3, [1.0] * 3), "does not pay"),
+        # Better than both, but not by more than chance: the word is smart's.
+        (packing([0.5] * 3, [0.495] * 3, [1.0] * 3), "smart pays here"),
+        (
+            packing(around(1.0, 0.02), around(0.93, 0.08), around(1.0, 0.02)),
+            "smart makes no difference here",
+        ),
+        # Better than sdpa beyond chance where smart alone is not: padding_free is what pays.
+        (
+            packing(around(0.95, 0.06), around(0.9, 0.01), around(1.0, 0.01)),
+            "smart with padding_free pays here: it is 1.11 times",
         ),
         (made(smart=[1.0]), "only smart ran"),
         (made(**{"smart": [1.0], bench.PADDING_FREE: [0.5]}), "only smart ran"),
@@ -237,6 +288,66 @@ def made(**seconds: list[float]) -> bench.Benchmark:
 )
 def test_the_verdict_is_plain(found: bench.Benchmark, says: str) -> None:
     assert says in found.verdict
+
+
+def test_padding_free_that_packs_nothing_is_not_what_pays() -> None:
+    rows = (bench.Row("sdpa", [1.0] * 3), bench.Row("smart", [1.0] * 3))
+    padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward unpacked: small"])
+    found = bench.Benchmark((*rows, padded), "cpu", "float32", 10, 10, 0, 0)
+    assert "smart makes no difference" in found.verdict
+    said = (
+        "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: small"
+    )
+    assert found.padding_free == said
+
+
+@pytest.mark.parametrize(
+    ("free", "says"),
+    [
+        (0.5, "padding_free is 2.00 times as fast as smart; it "),
+        (2.0, "padding_free takes 2.00 times as long as smart; it "),
+        (0.98, "padding_free is 1.02 times as fast as smart, and the rounds leave 4% open; it "),
+    ],
+)
+def test_what_padding_free_changes_is_said(free: float, says: str) -> None:
+    found = packing(around(1.0, 0.04), around(free, 0.04), around(1.0, 0.04))
+    assert (found.padding_free or "").startswith(says)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1])
+@pytest.mark.parametrize("rounds", [3, 5, 9])
+def test_rows_that_differ_by_chance_are_seldom_told_apart(rounds: int, spread: float) -> None:
+    """In both directions together, and those that do differ are told."""
+    draw = random.Random(0)
+
+    def row(median: float) -> list[float]:
+        return [median * draw.gauss(1.0, spread) for _ in range(rounds)]
+
+    def told(smart: float) -> int:
+        found = [made(sdpa=row(1.0), smart=row(smart)).verdict for _ in range(300)]
+        return sum(one.startswith(("smart pays", "smart does not pay")) for one in found)
+
+    assert told(1.0) <= 300 * 0.11
+    assert told(1.0 + 6 * spread) >= 300 * 0.9
+    assert told(1 / (1.0 + 6 * spread)) >= 300 * 0.9
+
+
+def test_half_precision_explains_tokens_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generated(dtype: str, *equal: float) -> bench.Benchmark:
+        names = ("eager", "sdpa", "smart")
+        rows = [bench.Row(n, [1.0] * 3, equal_tokens=e) for n, e in zip(names, equal, strict=True)]
+        return bench.Benchmark(tuple(rows), "cpu", dtype, 10, 10, 0, 5)
+
+    parts = generated("bfloat16", 1.0, 0.7, 1.0)
+    assert parts.remark is not None
+    assert "greedy tokens part early in bfloat16" in parts.remark
+    assert parts.as_dict()["remark"] == parts.remark
+    assert generated("bfloat16", 1.0, 1.0, 1.0).remark is None
+    assert generated("float32", 1.0, 0.7, 0.7).remark is None, "that would be a fault"
+    assert made(sdpa=[1.0], smart=[1.0]).remark is None
+    console = Console(record=True, width=200, file=io.StringIO())
+    cli_models._print_benchmark(parts, console)
+    assert parts.remark in console.export_text()
 
 
 def test_an_implementation_that_fails_does_not_end_the_others(

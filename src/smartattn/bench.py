@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,21 @@ from .padding_free import padding_free
 from .record import brief
 from .timing import relative_spread, synchronize
 
-#: Rounds that are measured at least, and shares that count as equal however small the spread is.
+#: Rounds that are measured at least, and without which nothing is said of a difference.
 MIN_ROUNDS = 3
-EQUAL = 0.02
+#: Per cent that count as equal however small the spread is.
+EQUAL = 2
+#: Rounds from which on the spread says how far off a median is. The spread of fewer is larger than
+#: it looks and is taken sqrt(_STEADY / rounds) times: of two rows that are alike, 1 of 11 pairs
+#: then differ by chance after 3 rounds, and 1 of 25 after 9 (of 40,000 drawn from a normal
+#: distribution; fewer from skewed ones).
+_STEADY = 9
+#: Per cent left open by the rounds up to which "no difference" says something.
+_TELLING = 5
 #: Spread of the rounds above which the times are in doubt.
 BUSY_SPREAD = 0.25
+#: Dtypes in which the largest logits are often equal.
+_COARSE = ("bfloat16", "float16")
 
 #: The row of a model under ``smartattn.padding_free``, which packs where the profile says so.
 PADDING_FREE = "smart + padding_free"
@@ -55,8 +66,10 @@ class Row:
     equal_tokens: float | None = None
     #: Backends that ran when all batches ran once, with the number of calls: of smart's rows.
     ran: dict[str, int] = field(default_factory=dict)
-    #: What became of the batches under padding_free: "packed" or "padded", and why.
+    #: What became of the batches under padding_free: "packed" or "unpacked", and why.
     stacks: list[str] = field(default_factory=list)
+    #: Whether padding_free took the padding out of any forward.
+    packed: bool = False
     error: str | None = None
 
     @property
@@ -68,6 +81,65 @@ class Row:
     def spread(self) -> float:
         """Interquartile range of the rounds divided by their median."""
         return relative_spread(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two rows, and whether their rounds tell them apart."""
+
+    one: Row
+    other: Row
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the other the one is."""
+        return (self.other.median or 0.0) / (self.one.median or math.inf)
+
+    @property
+    def rounds(self) -> int:
+        return min(len(self.one.seconds), len(self.other.seconds))
+
+    @property
+    def open(self) -> int:
+        """Per cent by which the rounds let medians differ by chance."""
+        spread = max(self.one.spread, self.other.spread)
+        few = max(1.0, math.sqrt(_STEADY / self.rounds))
+        return max(EQUAL, math.ceil(round(100 * spread * few, 6)))
+
+    @property
+    def tells(self) -> bool:
+        """The two differ by more than that, in the figures that are printed."""
+        ratio = max(self.ratio, 1 / self.ratio)
+        return self.rounds >= MIN_ROUNDS and round(100 * ratio) - 100 > self.open
+
+    @property
+    def faster(self) -> bool:
+        """The one is the faster one, and not by chance."""
+        return self.tells and self.ratio > 1
+
+    @property
+    def vague(self) -> bool:
+        """The rounds do not even tell that the two are about equal."""
+        return self.rounds < MIN_ROUNDS or self.open > _TELLING
+
+    @property
+    def words(self) -> str:
+        """What the one is to the other, up to the other's name."""
+        ratio = self.ratio
+        if round(100 * max(ratio, 1 / ratio)) == 100:
+            return "is as fast as"
+        return (
+            f"is {ratio:.2f} times as fast as"
+            if ratio > 1
+            else (f"takes {1 / ratio:.2f} times as long as")
+        )
+
+    @property
+    def unsettled(self) -> str:
+        """Why they are not told apart."""
+        if self.rounds < MIN_ROUNDS:
+            return f"less than {MIN_ROUNDS} rounds tell nothing"
+        return f"the rounds leave {self.open}% open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,34 +172,33 @@ class Benchmark:
     @property
     def verdict(self) -> str:
         """Whether smart pays for this workload, in a sentence."""
-        smart, best, speedup = self._smart(), self._best(), self.speedup
+        smart, best = self._smart(), self._best()
         if smart is None or smart.error is not None:
             return f"smart did not run: {smart.error if smart else 'not measured'}"
-        if best is None or speedup is None:
+        if best is None or not smart.median:
             return "only smart ran"
-        noise = max(EQUAL, smart.spread / 2, best.spread / 2)
-        name = best.implementation
+        name, alone = best.implementation, _Pair(smart, best)
         free = self._row(PADDING_FREE)
-        if free is not None and free.median and smart.median and best.median:
-            gain = best.median / free.median
-            if gain > 1 + noise and free.median < smart.median * (1 - noise):
+        # What packed nothing is smart once more, and differs from it by chance alone.
+        if free is not None and free.packed and free.median:
+            packed = _Pair(free, best)
+            if packed.faster and (_Pair(free, smart).faster or not alone.faster):
                 return (
-                    f"smart with padding_free pays here: {gain:.2f} times as fast as {name}, the "
-                    f"best of the others; smart alone is {speedup:.2f} times as fast"
+                    f"smart with padding_free pays here: it {packed.words} {name}, the best of the "
+                    "others; smart alone "
+                    + (f"{alone.words} {name}" if alone.tells else "makes no difference")
                 )
-        if self.doubt is not None and noise > EQUAL and abs(speedup - 1) <= noise:
-            return f"whether smart pays here cannot be told: the rounds vary by {2 * noise:.0%}"
-        if speedup < 1 - noise:
+        if alone.faster:
+            return f"smart pays here: it {alone.words} {name}, the best of the others"
+        if alone.tells:
             return (
-                f"smart does not pay here: it takes {1 / speedup:.2f} times as long as {name}; "
+                f"smart does not pay here: it {alone.words} {name}; "
                 f"load this model with attn_implementation={name!r} for batches like these"
             )
-        if speedup <= 1 + noise:
-            return (
-                f"smart makes no difference here: {speedup:.2f} times as fast as {name}, "
-                f"which is within the {noise:.0%} that the rounds leave open"
-            )
-        return f"smart pays here: {speedup:.2f} times as fast as {name}, the best of the others"
+        about = f"it {alone.words} {name}, and {alone.unsettled}"
+        if alone.vague:
+            return f"whether smart pays here cannot be told: {about}"
+        return f"smart makes no difference here: {about}"
 
     @property
     def doubt(self) -> str | None:
@@ -146,9 +217,22 @@ class Benchmark:
         smart, free = self._smart(), self._row(PADDING_FREE)
         if smart is None or free is None or not smart.median or not free.median:
             return None
+        went = "; ".join(brief(stack) for stack in free.stacks)
+        if not free.packed:
+            return f"padding_free packed nothing and ran as smart alone does: it {went}"
+        pair = _Pair(free, smart)
+        doubt = "" if pair.tells else f", and {pair.unsettled}"
+        return f"padding_free {pair.words} smart{doubt}; it {went}"
+
+    @property
+    def remark(self) -> str | None:
+        """Why other tokens were generated than under eager attention; None if none were."""
+        equal = [row.equal_tokens for row in self.rows if row.equal_tokens is not None]
+        if self.dtype not in _COARSE or min(equal, default=1.0) == 1.0:
+            return None
         return (
-            f"padding_free: {smart.median / free.median:.2f} times as fast as smart; it "
-            + "; ".join(brief(stack) for stack in free.stacks)
+            f"greedy tokens part early in {self.dtype}: the largest logits are often equal or "
+            "within rounding, and a token that differs changes all that follow it"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,7 +243,8 @@ class Benchmark:
             for row in self.rows
         ]  # fmt: skip
         return {**asdict(self), "rows": rows, "speedup": self.speedup, "verdict": self.verdict,
-                "padding_free": self.padding_free, "doubt": self.doubt}  # fmt: skip
+                "padding_free": self.padding_free, "doubt": self.doubt,
+                "remark": self.remark}  # fmt: skip
 
     def _smart(self) -> Row | None:
         return self._row("smart")
@@ -281,9 +366,10 @@ def _first_runs(
             torch.cuda.empty_cache()
         return None
     count_calls(recorded, row.ran)
+    row.packed = any(stack.packed for stack in recorded.stacks)
     row.stacks = [
         f"ran {stack.calls} forward{'s' * (stack.calls != 1)} "
-        f"{'packed' if stack.packed else 'padded'}: {stack.reason}"
+        f"{'packed' if stack.packed else 'unpacked'}: {stack.reason}"
         for stack in recorded.stacks
     ]
     return outputs

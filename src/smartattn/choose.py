@@ -54,7 +54,7 @@ class Verdict:
     backend: str
     #: Why it cannot run the call; empty if it can.
     refusals: tuple[str, ...]
-    #: Predicted time in microseconds, None without a measurement.
+    #: What the call is predicted to add to its layer, in microseconds; None without a measurement.
     predicted_us: float | None = None
     #: Predicted peak memory in bytes, and error relative to the largest value; None likewise.
     predicted_bytes: float | None = None
@@ -63,6 +63,9 @@ class Verdict:
     build_us: float = 0.0
     #: What the rest of the layer waits for, if that is known.
     bottleneck: Literal["host", "device"] | None = None
+    #: Microseconds that the call itself keeps host and device busy; None on a CPU.
+    host_us: float | None = None
+    device_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Decision:
 
     @property
     def predicted_us(self) -> float | None:
-        """Predicted time of the chosen backend in microseconds."""
+        """What the chosen backend's call is predicted to add to its layer, in microseconds."""
         return self.verdict.predicted_us
 
     @property
@@ -156,12 +159,7 @@ def _best(
     fastest = next(
         (
             backend,
-            f"fastest by profile {profile}: {format_us(estimate.us)} predicted"
-            + (
-                f" in a layer that waits for the {estimate.bottleneck}"
-                if estimate.bottleneck
-                else ""
-            ),
+            f"fastest by profile {profile}: {_predicted(estimate)}",
         )
         for backend, estimate in estimates
         if estimate.us <= shortest * (1 + TIE)
@@ -187,8 +185,19 @@ def _best(
     )
     value = f"{figure / 2**20:.1f} MiB" if objective.goal == "memory" else f"{figure:.2g}"
     what = "least memory" if objective.goal == "memory" else "smallest error"
-    ratio = f"{us / shortest:.2f} times the shortest time"
+    slower = us / shortest
+    ratio = f"{slower:.2f} times the shortest time" if slower > 1 + TIE else "in the shortest time"
     return backend, f"{what} by profile {profile}: {value} predicted, {ratio}"
+
+
+def _predicted(estimate: Estimate) -> str:
+    """What is expected of a call: in a layer that waits for host or device no kernel's time."""
+    if estimate.bottleneck is None:
+        return f"{format_us(estimate.us)} predicted"
+    return (
+        f"predicted to add {format_us(estimate.us)} to a layer that waits for the "
+        f"{estimate.bottleneck}"
+    )
 
 
 class Chooser:

@@ -277,7 +277,8 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
             soft_wrap=True,
         )
     print_thresholds(profile.thresholds, console)
-    print_stack_rules(profile.padding_free, console)
+    kind = profile.device.kind if profile.device else None
+    print_stack_rules(profile.padding_free, console, kind)
     if outcome.unmeasured is not None:
         console.print(f"padding_free: {escape(outcome.unmeasured)}", soft_wrap=True)
     console.print(f"Profile:     {escape(str(outcome.path))}", soft_wrap=True)
@@ -316,5 +317,5 @@ def fit(
         raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
     console = Console()
     print_thresholds(made.thresholds, console)
-    print_stack_rules(made.padding_free, console)
+    print_stack_rules(made.padding_free, console, header.device.kind)
     console.print(f"Profile: {escape(str(output))}", soft_wrap=True)

@@ -47,9 +47,13 @@ def _print(report: Report, console: Console) -> None:
     if report.healthy:
         all_tried = all(device.reached == device.cases for device in report.devices)
         tried = "" if all_tried else " in the calls that were tried"
-        console.print(f"Every backend that can be used here gives right answers{tried}.")
+        untested = ", ".join(report.untested)
+        beside = f"; {untested} was not tested" if untested else ""
+        console.print(f"Every backend that was tested gives right answers{tried}{beside}.")
     else:
-        console.print("[bold red]Not every backend gives right answers, see above.[/]")
+        console.print(
+            "[bold red]Not every backend that was tested gives right answers, see above.[/]"
+        )
 
 
 def _print_device(device: DeviceReport, console: Console) -> None:

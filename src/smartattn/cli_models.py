@@ -296,7 +296,7 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
         table.add_row(
             row.implementation,
             f"{row.median * 1e3:.1f}",
-            f"{row.spread:.0%}",
+            f"{row.spread:.0%}" if len(row.seconds) > 1 else "-",
             f"{speed:,.0f}",
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
             _agreement(row),
@@ -305,6 +305,8 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
     _print_errors(found.rows, console)
     smart = next(row for row in found.rows if row.implementation == "smart")
     _print_ran(smart, console)
+    if found.remark is not None:
+        console.print(found.remark, soft_wrap=True, highlight=False)
     if found.padding_free is not None:
         console.print(escape(found.padding_free), soft_wrap=True, highlight=False)
     if found.doubt is not None:

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from .cli_errors import UserError
 
 if TYPE_CHECKING:
+    from .machine import Device
     from .profile import Profile
 
 profiles_app = typer.Typer(help="The profiles on this machine.", no_args_is_help=True)
@@ -26,7 +27,7 @@ _Force = Annotated[bool, typer.Option("--force", help="Replace a file that exist
 @profiles_app.command("list")
 def list_profiles() -> None:
     """List the user's own and the shipped profiles."""
-    from .profile import ProfileError, load, shipped_profiles, user_profiles
+    from .profile import ProfileError, find, load, shipped_profiles, user_profiles
 
     console = Console()
     table = Table("whose", "profile", "device", "date", Column("file", overflow="fold"))
@@ -39,11 +40,20 @@ def list_profiles() -> None:
             except ProfileError as error:
                 table.add_row(whose, "unusable", escape(str(error)), "", file)
                 continue
-            device = escape(str(found.device)) if found.device else "any"
+            device = escape(str(found.device)) if found.device else "any other"
             table.add_row(whose, escape(found.name), device, found.date or "", file)
     console.print(table)
     for whose, folder in folders:
         console.print(f"{whose}: {escape(str(folder))}", soft_wrap=True, highlight=False)
+    for device, identity in _here():
+        looked_up = find(identity)
+        where = f", {looked_up.path}" if looked_up.source.startswith("given") else ""
+        console.print(
+            f"in force for {device} ({escape(str(identity))}): {escape(looked_up.profile.name)}, "
+            f"{looked_up.source}{escape(where)}",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 @profiles_app.command("show")
@@ -78,9 +88,6 @@ def import_profile(
     force: _Force = False,
 ) -> None:
     """Take over a profile as the user's own for the device that it was measured on."""
-    import torch
-
-    from .machine import identify
     from .profile import ProfileError, load, user_profiles
 
     try:
@@ -93,9 +100,7 @@ def import_profile(
     _write(found, target, force)
     console = Console()
     console.print(f"Imported {escape(found.name)} to {escape(str(target))}", soft_wrap=True)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = [torch.device("cuda", n) for n in range(count)] + [torch.device("cpu")]
-    if found.device not in [identify(device) for device in here]:
+    if found.device not in [identity for _, identity in _here()]:
         console.print(
             f"This machine has no {escape(str(found.device))}: the profile is kept, not used.",
             soft_wrap=True,
@@ -115,6 +120,17 @@ def remove_profile(name: _Name) -> None:
     except OSError as error:
         raise UserError(f"cannot remove {path} ({error.strerror})") from None
     Console().print(f"Removed {escape(str(path))}", soft_wrap=True)
+
+
+def _here() -> list[tuple[str, Device | None]]:
+    """The devices of this machine and what they are."""
+    import torch
+
+    from .machine import identify
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [*(torch.device("cuda", n) for n in range(count)), torch.device("cpu")]
+    return [(str(device), identify(device)) for device in devices]
 
 
 def _found(name: str) -> tuple[Path, Profile]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,10 +12,15 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_errors import UserError
+from .units import LEAD
 
 if TYPE_CHECKING:
-    from .profile import Profile, Threshold
-    from .stack_rule import StackRule
+    from .profile import Profile, Rule, Threshold, When, Winner
+    from .stack_rule import StackRule, StackWhen
+
+#: How conditions print that always hold.
+_OTHERWISE = "otherwise"
+_Conditions = TypeVar("_Conditions", "When", "StackWhen")
 
 
 def show(
@@ -38,7 +43,8 @@ def show(
             found = load(profile)
         except ProfileError as error:
             raise UserError(f"{profile} cannot be used: {error}") from None
-        _print_profile(found, console, crossover or plot is not None)
+        kind = found.device.kind if found.device else None
+        _print_profile(found, console, crossover or plot is not None, kind)
         if plot is not None:
             _plot(found, plot, console)
         return
@@ -63,7 +69,7 @@ def show(
         if identity is not None and looked_up.profile.versions is not None:
             for difference in looked_up.profile.versions.differences(versions(identity.kind)):
                 console.print(f"  measured with {escape(difference)}: calibrate again")
-        _print_profile(looked_up.profile, console, crossover or plot is not None)
+        _print_profile(looked_up.profile, console, crossover or plot is not None, one.type)
         if plot is not None and looked_up.profile.costs and not drawn:
             drawn = True
             _plot(looked_up.profile, plot, console)
@@ -89,7 +95,10 @@ def _plot(profile: Profile, path: Path, console: Console) -> None:
     console.print(f"Crossover map: {escape(str(path))}", soft_wrap=True)
 
 
-def _print_profile(profile: Profile, console: Console, crossover: bool) -> None:
+def _print_profile(profile: Profile, console: Console, crossover: bool, kind: str | None) -> None:
+    """Prints what a profile says of one kind of device; of any if that is None."""
+    from .profile import stack_rules
+
     if profile.device is not None:
         made = f", {profile.run.mode}, {profile.run.samples} samples" if profile.run else ""
         console.print(f"Measured on {escape(str(profile.device))}, {profile.date}{made}")
@@ -105,25 +114,59 @@ def _print_profile(profile: Profile, console: Console, crossover: bool) -> None:
     elif profile.thresholds:
         print_thresholds(profile.thresholds, console)
     elif profile.rules:
-        table = Table("when", "prefer", Column("because", overflow="fold"), title="Rules")
-        for rule in profile.rules:
-            conditions = rule.when.model_dump(exclude_none=True)
-            table.add_row(
-                ", ".join(f"{name} {value}" for name, value in conditions.items()) or "otherwise",
-                ", ".join(rule.prefer),
-                escape(rule.because),
-            )
-        console.print(table)
-    print_stack_rules(profile.padding_free, console)
+        _print_rules(profile.rules, console, kind)
+    print_stack_rules(stack_rules(profile), console, kind, default=not profile.padding_free)
 
 
-def print_stack_rules(rules: Iterable[StackRule], console: Console) -> None:
-    """Prints when padding-free models leave the padding out."""
-    table = Table("when", "packs", Column("because", overflow="fold"), title="padding_free")
+def _print_rules(rules: Iterable[Rule], console: Console, kind: str | None) -> None:
+    from .backends import NAMED
+
+    def runs(name: str) -> bool:
+        devices = NAMED[name].support.devices if name in NAMED else None
+        return kind is None or devices is None or kind in devices
+
+    table = Table("when", "prefer", Column("because", overflow="fold"), title="Rules")
     for rule in rules:
-        table.add_row(str(rule.when), "yes" if rule.pack else "no", escape(rule.because))
+        when = _applying(rule.when, kind)
+        if when is not None:
+            prefer = ", ".join(filter(runs, rule.prefer)) or "the first that can run the call"
+            table.add_row(str(when), prefer, escape(rule.because))
     if table.row_count:
         console.print(table)
+
+
+def print_stack_rules(
+    rules: Iterable[StackRule], console: Console, kind: str | None, *, default: bool = False
+) -> None:
+    """Prints when padding-free models leave the padding out on a kind of device.
+
+    Args:
+        default: the rules are those of the built-in default.
+    """
+    title = "padding_free" + ", by the built-in default" * default
+    table = Table("when", "packs", Column("because", overflow="fold"), title=title)
+    last = ""
+    for rule in rules:
+        when = _applying(rule.when, kind)
+        if when is not None:
+            table.add_row(str(when), "yes" if rule.pack else "no", escape(rule.because))
+            last = str(when)
+    if table.row_count:
+        if last != _OTHERWISE:
+            table.add_row(_OTHERWISE, "no", "no rule says that it pays")
+        console.print(table)
+
+
+def _applying(when: _Conditions, kind: str | None) -> _Conditions | None:
+    """Conditions without the device that is asked about; None if they are of another one."""
+    if kind is None:
+        return when
+    return when.model_copy(update={"device": None}) if when.device in (None, kind) else None
+
+
+def _lead(winner: Winner) -> str:
+    ratio = winner.largest_speedup
+    return f" ({ratio:.2f})" if ratio is not None and ratio >= LEAD else ""
 
 
 def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
@@ -132,7 +175,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         "call",
         "head dim",
         "padding",
-        "fastest from which key length on (times faster than the next one there)",
+        "fastest from which key length on (times as fast as the next one, at most)",
         title="Thresholds, for 8 rows or packed sequences and 16 heads",
     )
     last = None
@@ -145,7 +188,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         if last is not None and group != last:
             table.add_section()
         winners = [
-            f"{winner.from_kv_len}: {winner.backend} ({winner.speedup:.2f})"
+            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner)}"
             for winner in threshold.winners
         ]
         table.add_row(
@@ -157,3 +200,4 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
+        console.print(f"no number: less than {LEAD} times as fast", highlight=False)

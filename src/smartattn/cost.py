@@ -114,6 +114,10 @@ class Estimate(NamedTuple):
     build_us: float = 0.0
     #: What the rest of the layer waits for; None if nothing is known of it.
     bottleneck: Literal["host", "device"] | None = None
+    #: Microseconds until the call returns, and that the device works on it; None on a CPU, where
+    #: both are the same.
+    host_us: float | None = None
+    device_us: float | None = None
 
 
 class _Model(NamedTuple):
@@ -197,6 +201,7 @@ class Predictor:
         if model.bend:
             device_us *= bend_factor(model.bend, seen.terms)
         slack_us = 0.0
+        apart = call.device.type != "cpu"
         bottleneck: Literal["host", "device"] | None = None
         if self._surroundings is not None:
             slack_us = self._surroundings.slack_us(plan, call)
@@ -207,6 +212,8 @@ class Predictor:
             error=model.error,
             build_us=model.build_us,
             bottleneck=bottleneck,
+            host_us=host_us if apart else None,
+            device_us=device_us if apart else None,
         )
 
     def reach(self, backends: Collection[str], plan: Plan, call: Call) -> int | None:

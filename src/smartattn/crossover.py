@@ -17,6 +17,7 @@ from .cost import Predictor
 from .features import Mode, Regime, regime_of
 from .profile import Profile
 from .thresholds import predictions
+from .units import LEAD
 from .workload import Side, Workload
 
 #: Padded lengths and shares of padding of a map, as far as something was measured there.
@@ -43,7 +44,7 @@ class PlotError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The fastest backend by prediction, and the time of the next one divided by its time."""
+    """The backend that is chosen, and the time of the next one divided by its time."""
 
     backend: str
     #: None if no other backend has a prediction there.
@@ -197,14 +198,14 @@ def show(found: Sequence[Map], console: Console) -> None:
         console.print(table)
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
     console.print(
-        f"{legend}; the number: times as fast as the next one, by prediction; as far as lengths "
-        "were measured",
+        f"{legend}; the number: times as fast as the next one, by prediction; none: less than "
+        f"{LEAD}, or there is no other; as far as lengths were measured",
         soft_wrap=True,
     )
 
 
 def _times(cell: Cell) -> str:
-    if cell.speedup is None:
+    if cell.speedup is None or cell.speedup < LEAD:
         return ""
     return f"{cell.speedup:.1f}" if cell.speedup < 9.95 else ">9"
 
@@ -258,6 +259,7 @@ def plot(found: Sequence[Map], name: str, path: Path) -> None:
     patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
     figure.suptitle(
-        f"{name}: the fastest backend, and how many times as fast as the next one", fontsize=11
+        f"{name}: the fastest backend, and how many times as fast as the next one (from {LEAD} on)",
+        fontsize=11,
     )
     figure.savefig(path, dpi=110, format="png")

@@ -74,12 +74,23 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """No backend that can be used gives wrong answers or fails."""
+        """No backend that was tested gives wrong answers or fails."""
         return not any(
             backend.health in ("wrong", "fails")
             for device in self.devices
             for backend in device.backends
         )
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """The backends that can be used and run what no test here knows: the models' own code."""
+        names = (
+            backend.backend
+            for device in self.devices
+            for backend in device.backends
+            if backend.health == "untested"
+        )
+        return tuple(dict.fromkeys(names))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -271,9 +282,9 @@ def _verdict(backend: Backend, tally: _Tally, device: torch.device) -> BackendRe
     reasons = (unavailable,) if unavailable else tally.refused
     devices = backend.support.devices
     if devices is not None and device.type not in devices:
-        # No command would help here.
-        reasons = (f"runs on {' or '.join(sorted(devices))} only", *reasons[: bool(unavailable)])
-        return BackendReport(backend.name, "unusable", problems=reasons, **counts)
+        # No package and no command would help here.
+        why = (f"runs on {' or '.join(sorted(devices))} only",)
+        return BackendReport(backend.name, "unusable", problems=why, **counts)
     return BackendReport(backend.name, "unusable", problems=reasons, fix=backend.remedy(), **counts)
 
 

@@ -15,9 +15,9 @@ import torch
 
 from .backends import BACKENDS
 from .call import Call
-from .choose import LATENCY, Decision, Goal, UnsupportedCallError, choose
+from .choose import LATENCY, TIE, Decision, Goal, UnsupportedCallError, choose
 from .control import PadOutput, Settings, checked, settings_for
-from .cost import MAX_EXTRAPOLATION
+from .cost import LAYERS, MAX_EXTRAPOLATION
 from .features import Mode
 from .machine import versions
 from .packed_stack import packed_plan, plan_refusal
@@ -39,14 +39,20 @@ Status = Literal["chosen", "slower", "unmeasured", "set aside", "refuses"]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One backend. ``predicted_us`` is None where its profile holds no measurement."""
+    """One backend. Its times, in microseconds, are None where its profile holds no measurement."""
 
     backend: str
     #: "slower" (or faster by too little to count, or worse by another objective) and "unmeasured"
     #: backends could run the call; "set aside" ones too, but are not
     #: considered, for the reason given; "refuses": cannot run it exactly.
     status: Status
+    #: What ranks the backends: by how much one call lengthens its layer, and its share of what is
+    #: made once per forward. Host and device work at once, so that in a layer that waits for one of
+    #: them (``Explanation.waits_for``) this is less than a kernel takes, see ``device_us``.
     predicted_us: float | None
+    #: How long one call keeps the host and the device busy; None on a CPU, where both are the same.
+    host_us: float | None
+    device_us: float | None
     #: Peak memory in bytes, and error against float64 relative to the largest value.
     predicted_bytes: float | None
     expected_error: float | None
@@ -93,26 +99,33 @@ class Explanation:
     packs_because: str | None = None
     #: Why no prediction decides although the profile has some; None where one does.
     unmeasured: str | None = None
+    #: What the rest of the layer that makes this call waits for, the predictions being by how much
+    #: the call lengthens it; None where they are times of the call on its own.
+    waits_for: Literal["host", "device"] | None = None
 
     @property
     def crossovers(self) -> str:
         """``winners`` as a phrase."""
-        first, *others = self.winners or (Winner(0, "none"),)
-        if not others:
-            return f"{first.backend} at every length"
         # Where no length is predicted the reason says so once.
         some = not all(winner.by_rule for winner in self.winners)
-
-        def named(winner: Winner) -> str:
-            return winner.backend + " by a rule (not measured)" * (some and winner.by_rule)
-
-        return f"{named(first)}, " + ", ".join(
-            f"from {winner.from_seq_len:,} tokens {named(winner)}" for winner in others
-        )
+        runs = [
+            list(run) for _, run in itertools.groupby(self.winners, lambda winner: winner.backend)
+        ] or [[Winner(0, "none")]]
+        phrases = [
+            (f"from {run[0].from_seq_len:,} tokens " if place else "")
+            + run[0].backend
+            + " at every length" * (len(runs) == 1)
+            + (_by_rules(run) if some else "")
+            for place, run in enumerate(runs)
+        ]
+        return ", ".join(phrases)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON. Times in microseconds, lengths in tokens."""
-        return asdict(self)
+        """Plain values, fit for JSON. Times in microseconds, lengths in tokens.
+
+        ``captions`` says what the times of the options are.
+        """
+        return {**asdict(self), "captions": self.captions()}
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -120,12 +133,23 @@ class Explanation:
 
     @property
     def header(self) -> tuple[str, ...]:
-        """The columns of :meth:`rows`: what is to be small has one beside the time."""
+        """The columns of :meth:`rows`: what is to be small has one beside the times."""
         more = {"memory": ("peak memory",), "accuracy": ("expected error",)}
-        return ("backend", "predicted", *more.get(self._goal, ()), "remark")
+        return (
+            "backend",
+            "adds to layer" if self.waits_for else "predicted",
+            *(("host", "device") if self._apart else ()),
+            *more.get(self._goal, ()),
+            "remark",
+        )
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the times of host and device are known apart."""
+        return any(option.device_us is not None for option in self.options)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Backend, predicted time, what else is to be small, and a remark, per option."""
+        """The columns of :attr:`header`, per option."""
         best = next((o.predicted_us for o in self.options if o.status == "chosen"), None)
         figures = {"memory": _memory, "accuracy": _error}
         figure = figures.get(self._goal)
@@ -133,6 +157,7 @@ class Explanation:
             (
                 o.backend,
                 format_us(o.predicted_us),
+                *((format_us(o.host_us), format_us(o.device_us)) if self._apart else ()),
                 *(() if figure is None else (figure(o),)),
                 _remark(o, best),
             )
@@ -145,7 +170,21 @@ class Explanation:
 
     def captions(self) -> list[str]:
         """What the columns of figures mean."""
-        captions = ["predicted: what one call adds to the time of its layer"]
+        share = f"1/{LAYERS} of what is made once per forward"
+        if self.waits_for:
+            other = "device" if self.waits_for == "host" else "host"
+            captions = [
+                "adds to layer: by how much one call lengthens its layer; this ranks the backends",
+                f"  the layer waits for the {self.waits_for} as it is, so that what the {other} "
+                "does meanwhile adds nothing",
+                f"  {share} is in it",
+            ]
+        elif self._apart:
+            captions = [f"predicted: the longer one of host and device, and {share}"]
+        else:
+            captions = [f"predicted: the time of one call, and {share}"]
+        if self._apart:
+            captions.append("host, device: how long one call keeps each of them busy")
         if self._goal == "memory":
             captions.append("peak memory: what one call takes above its inputs")
         elif self._goal == "accuracy":
@@ -292,6 +331,7 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         differences = profile.versions.differences(versions(target.identity.kind))
     path = target.found.path
     packs, packs_because = _packs(workload, hidden, target, settings)
+    estimates = [profile.estimate(backend.name, plan, call) for backend in BACKENDS]
     winners = _winners(workload, target, settings) if decision else ()
     unmeasured = None
     if decision and profile.costs and _by_rule(decision):
@@ -315,6 +355,7 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         packs=packs,
         packs_because=packs_because,
         unmeasured=unmeasured,
+        waits_for=next((one.bottleneck for one in estimates if one is not None), None),
     )
 
 
@@ -403,6 +444,8 @@ def _options(
                 backend=backend.name,
                 status=status,
                 predicted_us=estimate and estimate.us,
+                host_us=estimate and estimate.host_us,
+                device_us=estimate and estimate.device_us,
                 predicted_bytes=estimate and estimate.peak_bytes,
                 expected_error=estimate and estimate.error,
                 reasons=reasons,
@@ -450,6 +493,19 @@ def _changes(chosen: Callable[[int], tuple[str, bool]], lengths: list[int]) -> l
     return winners
 
 
+def _by_rules(run: Sequence[Winner]) -> str:
+    """Where rules decide for a backend that is chosen by predictions at other lengths."""
+    if all(winner.by_rule for winner in run):
+        return " by a rule (not measured)"
+    spans = []
+    for winner, after in itertools.zip_longest(run, run[1:]):
+        if not winner.by_rule:
+            continue
+        start = f"from {winner.from_seq_len:,} " if winner is not run[0] else "up "
+        spans.append(start + ("on" if after is None else f"to {after.from_seq_len - 1:,}"))
+    return f" ({', '.join(spans)} by a rule, not measured)" if spans else ""
+
+
 # -- checking and printing -----------------------------------------------------------------------
 
 
@@ -488,7 +544,9 @@ def _check(workload: Workload) -> None:
 
 def _remark(option: Option, best: float | None) -> str:
     if option.status == "slower" and best and option.predicted_us is not None:
-        return f"{option.predicted_us / best:.2f} times as long"
+        ratio = option.predicted_us / best
+        alike = 1 / (1 + TIE) <= ratio <= 1 + TIE
+        return f"as fast, to within {TIE:.0%}" if alike else f"{ratio:.2f} times as long"
     if option.status == "unmeasured":
         return "could run it; not measured"
     if option.status == "chosen" and option.predicted_us is None:

@@ -44,7 +44,9 @@ class Device(Record):
     threads: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     def __str__(self) -> str:
-        return self.name if self.threads is None else f"{self.name}, {self.threads} threads"
+        if self.threads is None:
+            return self.name
+        return f"{self.name}, {self.threads} thread{'s' * (self.threads != 1)}"
 
     @property
     def slug(self) -> str:

@@ -72,6 +72,27 @@ class When(Record):
             and (self.min_padding_share is None or plan.padding_share >= self.min_padding_share)
         )
 
+    def __str__(self) -> str:
+        phrases = []
+        if self.device is not None:
+            phrases.append(f"on {self.device}")
+        for given, word in (
+            (self.padded, "padded"),
+            (self.packed, "packed"),
+            (self.causal, "causal"),
+        ):
+            if given is not None:
+                phrases.append(word if given else f"not {word}")
+        if self.min_padding_share is not None:
+            phrases.append(f"from {self.min_padding_share:.0%} padding on")
+        if self.min_q_len is not None:
+            phrases.append(f"from {self.min_q_len:,} queries on")
+        if self.min_kv_len is not None:
+            phrases.append(f"from {self.min_kv_len:,} keys on")
+        if self.max_kv_len is not None:
+            phrases.append(f"up to {self.max_kv_len:,} keys")
+        return ", ".join(phrases) or "otherwise"
+
 
 class Rule(Record):
     """Which backends to prefer where nothing was measured."""
@@ -87,8 +108,11 @@ class Winner(Record):
 
     from_kv_len: Tokens
     backend: BackendName
-    #: Predicted time of the runner-up at ``from_kv_len`` divided by the winner's.
+    #: Predicted time of the runner-up divided by the winner's, at ``from_kv_len``: near 1 where one
+    #: has just become faster than the other.
     speedup: Annotated[float, Field(ge=1.0, le=1e9)]
+    #: The largest such ratio from there to the next entry; None in profiles of before.
+    largest_speedup: Annotated[float, Field(ge=1.0, le=1e9)] | None = None
 
 
 class Threshold(Record):
@@ -385,7 +409,12 @@ def _sources(device: Device | None, given: StrPath | None) -> Iterator[tuple[str
     else:
         variable = os.environ.get(ENVIRONMENT)
         yield f"given by {ENVIRONMENT}", variable or None
-    for source, folder in (("the user's own", user_profiles()), ("shipped", shipped_profiles())):
+    folders = (
+        ("the user's own", user_profiles()),
+        # The built-in default is shipped as well.
+        ("shipped for this device", shipped_profiles()),
+    )
+    for source, folder in folders:
         path = None if device is None else folder / f"{device.slug}.json"
         yield source, path if path is not None and os.path.lexists(path) else None
     yield "the built-in default", shipped_profiles() / "default.json"

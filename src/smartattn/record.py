@@ -30,7 +30,8 @@ class TraceRow:
     backend: str
     reason: str
     refused: dict[str, tuple[str, ...]]
-    #: Of one call, by backend; empty where the profile holds no measurement.
+    #: What one call is predicted to add to its layer, by backend: in a layer that waits for host or
+    #: device (``bottleneck``) less than its kernel takes. Empty where nothing was measured.
     predicted_us: dict[str, float]
     #: What the rest of the layer waits for, "host" or "device", if the profile tells.
     bottleneck: str | None = None
@@ -45,7 +46,7 @@ class TraceRow:
 
     @property
     def predicted(self) -> float | None:
-        """Predicted time of one call of the chosen backend."""
+        """What one call of the chosen backend is predicted to add to its layer."""
         return self.predicted_us.get(self.backend)
 
     def as_dict(self) -> dict[str, Any]:
@@ -138,6 +139,8 @@ class Trace:
     def __str__(self) -> str:
         rows = self.rows
         lines = [_table(rows)]
+        if any(row.predicted is not None and row.bottleneck for row in rows):
+            lines.append(_ADDS)
         if any(row.predicted is None for row in rows):
             lines.append(_DASH)
         for stack in self.stacks:
@@ -177,6 +180,10 @@ def brief(reason: str) -> str:
     return re.sub(r" \([^()]*\)$", "", reason)
 
 
+#: What is said below a table with predictions of calls in layers that wait.
+_ADDS = (
+    "predicted: by how much one call lengthens its layer, which may be less than its kernel takes"
+)
 #: What is said below a table with a line that has no prediction.
 _DASH = 'predicted "-": nothing was measured, or there was nothing to choose'
 

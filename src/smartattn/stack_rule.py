@@ -53,7 +53,7 @@ class StackWhen(Record):
         )
 
     def __str__(self) -> str:
-        phrases = []
+        phrases = [] if self.device is None else [f"on {self.device}"]
         work = "hidden^2" if not self.width else f"hidden x (hidden + {self.width:.0f})"
         if self.min_padding_share is not None:
             phrases.append(f"from {self.min_padding_share:.0%} padding on")

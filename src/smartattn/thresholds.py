@@ -10,6 +10,7 @@ import torch
 
 from .backends import NAMED
 from .call import Call
+from .choose import TIE
 from .cost import Cost, Predictor
 from .features import Layout, Regime
 from .plan import Plan
@@ -74,13 +75,20 @@ def thresholds(
 def predictions(
     predictor: Predictor, names: Sequence[str], plan: Plan, call: Call
 ) -> list[tuple[float, str]]:
-    """(microseconds, backend) of those that would be considered for a call, the fastest first."""
+    """(microseconds, backend) of those that would be considered for a call.
+
+    The one that would be chosen comes first, then the others by their time.
+    """
     predicted = [
         (predictor.predict(name, plan, call), name)
         for name in names
         if name not in NAMED or NAMED[name].set_aside(plan, call) is None
     ]
-    return sorted((us, name) for us, name in predicted if us is not None)
+    times = sorted((us, name) for us, name in predicted if us is not None)
+    # As in ``choose``: of those that count as equal the first in order is chosen.
+    equal = {name: us for us, name in times if us <= times[0][0] * (1 + TIE)}
+    first = next((name for name in NAMED if name in equal), None)
+    return sorted(times, key=lambda one: one[1] != first)
 
 
 def _usual(regime: Regime, share: float) -> Workload:
@@ -123,7 +131,9 @@ def _winners(
         times = predictions(predictor, names, plan, call)
         if len(times) < 2 or times[0][0] <= 0:
             continue
+        speedup = round(max(1.0, times[1][0] / times[0][0]), 3)
         if not winners or winners[-1].backend != times[0][1]:
-            speedup = round(max(1.0, times[1][0] / times[0][0]), 3)
             winners.append(Winner(from_kv_len=length, backend=times[0][1], speedup=speedup))
+        largest = max(speedup, winners[-1].largest_speedup or 1.0)
+        winners[-1] = winners[-1].model_copy(update={"largest_speedup": largest})
     return winners
