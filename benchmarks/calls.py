@@ -24,7 +24,14 @@ import torch
 from transformers import masking_utils
 
 from smartattn import trace
-from smartattn.backends import BACKENDS, Backend, flash_attention_2, flash_attention_3, torch_varlen
+from smartattn.backends import (
+    BACKENDS,
+    Backend,
+    flash_attention_2,
+    flash_attention_3,
+    torch_varlen,
+    triton_varlen,
+)
 from smartattn.call import Call
 from smartattn.choose import choose
 from smartattn.integration import smart_attention
@@ -32,13 +39,20 @@ from smartattn.masking import smart_mask
 from smartattn.plan import Plan
 from smartattn.profile import profile_for
 from smartattn.timing import cache_flush, interleaved
+from smartattn.triton_launch import Launcher
 from smartattn.workload import Memory, Side, Tensors, Workload, as_padded
 
 from . import HIDDEN, common
 from .common import Budget, Judged, Run, judged, markdown, mean_of, number, synchronize
 
 #: Backends whose kernels take packed sequences.
-VARLEN = ("flash_attention_2", "flash_attention_3", "torch_varlen", "sdpa_unpadded")
+VARLEN = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "torch_varlen",
+    "triton_varlen",
+    "sdpa_unpadded",
+)
 PADDING = 0.5
 #: What issue 5 wants: device time over that of packed tokens, microseconds of the host per layer.
 _DEVICE, _HOST_US = 1.15, 5.0
@@ -302,12 +316,27 @@ class _Namespace:
         return _Recorder(getattr(self._module, name), self._calls)
 
 
+class _Launches:
+    """Stands for a launcher of Triton's kernels; what it records launches what was built."""
+
+    def __init__(self, launcher: Launcher, calls: list[Callable[[], Any]]) -> None:
+        self._launcher, self._calls = launcher, calls
+
+    def __call__(
+        self, device: torch.device, kind: Any, grid: Any, arguments: Any, **options: int
+    ) -> None:
+        self._launcher(device, kind, grid, arguments, **options)
+        built = self._launcher.built(device, kind)
+        self._calls.append(lambda: built[grid](*arguments))
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Callable[[], Any]]]:
     """The calls of kernels that backends bound inside the block make, as functions to repeat.
 
     What is recorded is the thinnest entry point that a backend uses: the functions of flash-attn's
-    extension, the operators of FlashAttention-3 and of torch, ``scaled_dot_product_attention``.
+    extension, the operators of FlashAttention-3 and of torch, what Triton has built, and
+    ``scaled_dot_product_attention``.
     """
     calls: list[Callable[[], Any]] = []
     extension, package = flash_attention_2._extension(), flash_attention_2._package()
@@ -330,6 +359,8 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
         stack.enter_context(
             mock.patch.object(functional, "scaled_dot_product_attention", attention)
         )
+        launch = _Launches(triton_varlen._launch, calls)
+        stack.enter_context(mock.patch.object(triton_varlen, "_launch", launch))
         yield calls
 
 

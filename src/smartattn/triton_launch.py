@@ -51,6 +51,10 @@ class Launcher:
         with torch.cuda.device(device):
             return self._launch((device.index, kind), grid, arguments, options)
 
+    def built(self, device: torch.device, kind: Hashable) -> Any | None:
+        """What Triton has built for a kind on a device, None if nothing has."""
+        return self._built.get((device.index, kind))
+
     def _launch(
         self,
         kind: Hashable,
