@@ -254,8 +254,9 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
         mode="decode", layout="padded", causal=False, dtype="float32", head_dim=64, batch=8,
         heads=16, kv_heads=16, padding_share=0.5, winners=winners,
     )  # fmt: skip
-    cli.print_thresholds((one,), Console())
+    cli.print_thresholds((one, one.model_copy(update={"alike": True})), Console())
     out = capsys.readouterr().out
+    assert " 50% of each row " in out
     assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
     assert "no number: less than 1.05 times as fast" in out
 

@@ -258,6 +258,13 @@ def packing(smart: list[float], free: list[float], sdpa: list[float]) -> bench.B
         (made(sdpa=around(1.0, 0.06, 5), smart=around(1.08, 0.06, 5)), "cannot be told"),
         (made(sdpa=[2.0] * 2, smart=[1.0] * 2), "cannot be told: it is 2.00 times as fast as sdpa"),
         (made(sdpa=[2.0] * 2, smart=[1.0] * 2), "less than 3 rounds tell nothing"),
+        # On a busy machine the rounds have to lie apart as well.
+        (made(sdpa=[1.0, 1.2, 3.0], smart=[2.0, 4.0, 4.1]), "cannot be told: it takes 3.33 times"),
+        (made(sdpa=[1.0, 1.2, 3.0], smart=[2.0, 4.0, 4.1]), "sdpa, and their rounds overlap"),
+        (made(sdpa=[2.0, 4.0, 4.1], smart=[1.0, 1.2, 3.0]), "cannot be told: it is 3.33 times"),
+        (made(sdpa=[1.0, 1.2, 1.9], smart=[2.0, 4.0, 4.1]), "does not pay here: it takes 3.33"),
+        (made(sdpa=[2.0, 4.0, 4.1], smart=[1.0, 1.2, 1.9]), "pays here: it is 3.33 times"),
+        (made(sdpa=[1.0, 2.0, 9.0], smart=[2.0, 3.0, 4.1]), "and the rounds tell nothing"),
         # What pays is named first, whatever smart alone does.
         (
             packing([1.0] * 3, [0.5] * 3, [1.0] * 3),

@@ -100,17 +100,33 @@ class _Pair:
         return min(len(self.one.seconds), len(self.other.seconds))
 
     @property
+    def spread(self) -> float:
+        return max(self.one.spread, self.other.spread)
+
+    @property
     def open(self) -> int:
         """Per cent by which the rounds let medians differ by chance."""
-        spread = max(self.one.spread, self.other.spread)
         few = max(1.0, math.sqrt(_STEADY / self.rounds))
-        return max(EQUAL, math.ceil(round(100 * spread * few, 6)))
+        return max(EQUAL, math.ceil(round(100 * self.spread * few, 6)))
+
+    @property
+    def overlap(self) -> bool:
+        """A round of the faster one took as long as one of the slower one."""
+        fast, slow = (self.one, self.other) if self.ratio > 1 else (self.other, self.one)
+        return max(fast.seconds) >= min(slow.seconds)
+
+    @property
+    def beyond(self) -> bool:
+        """The two differ by more than the rounds leave open, in the figures that are printed."""
+        return round(100 * max(self.ratio, 1 / self.ratio)) - 100 > self.open
 
     @property
     def tells(self) -> bool:
-        """The two differ by more than that, in the figures that are printed."""
-        ratio = max(self.ratio, 1 / self.ratio)
-        return self.rounds >= MIN_ROUNDS and round(100 * ratio) - 100 > self.open
+        """The two differ, and not by chance."""
+        if self.rounds < MIN_ROUNDS or not self.beyond:
+            return False
+        # Other work on the machine comes and goes: the spread of a few rounds says little then.
+        return self.spread <= BUSY_SPREAD or not self.overlap
 
     @property
     def faster(self) -> bool:
@@ -139,7 +155,11 @@ class _Pair:
         """Why they are not told apart."""
         if self.rounds < MIN_ROUNDS:
             return f"less than {MIN_ROUNDS} rounds tell nothing"
-        return f"the rounds leave {self.open}% open"
+        if self.beyond:
+            return "their rounds overlap"
+        return (
+            "the rounds tell nothing" if self.open > 100 else f"the rounds leave {self.open}% open"
+        )
 
 
 @dataclass(frozen=True, slots=True)

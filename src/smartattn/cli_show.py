@@ -194,7 +194,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         table.add_row(
             call if group != last else "",
             str(threshold.head_dim) if group != last else "",
-            f"{threshold.padding_share:.0%}" + " of all rows" * threshold.alike,
+            f"{threshold.padding_share:.0%}" + " of each row" * threshold.alike,
             ", ".join(winners),
         )
         last = group
