@@ -289,7 +289,7 @@ def test_the_sentences_say_what_was_measured() -> None:
     packed, padded = fit_stack_rules(taken, HEADER)
     assert packed.when.device == padded.when.device == "cpu"
     assert packed.because == (
-        "measured on Imaginary, 1 threads on 2026-01-01: 2 batches with at least this padding and "
+        "measured on Imaginary, 1 thread on 2026-01-01: 2 batches with at least this padding and "
         "work ran 1.20 to 1.50 times as fast packed as padded (BERT-like of hidden size 256, "
         "Llama-like of hidden size 512, 4 layers, float32, forward and training)"
     )
