@@ -226,11 +226,16 @@ class Agreement:
 def agreements(
     taken: list[Sample], made: Profile, other: Profile, device: torch.device
 ) -> dict[str, Agreement]:
-    """Of calls on their own, and in the layers that the first profile knows."""
+    """Of calls on their own, and in the layers that the first profile knows.
+
+    "in a layer" the other profile chooses for layers of the machine that it is from, whose host may
+    take twice as long; "in the same layer" for those of the first: only the costs differ then.
+    """
     found = {}
     for name, layer, others in (
         ("alone", None, None),
         ("in a layer", made.surroundings, other.surroundings),
+        ("in the same layer", made.surroundings, made.surroundings),
     ):
         if name == "alone" or layer is not None:
             first = evaluate.judge(taken, evaluate.by_profile(made, layer), device, layer)
@@ -334,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         for where, agreed in compared.items():
             alike = f"{agreed.same:.1%} the same, {agreed.close:.1%} the same or within 5%"
             loss = f"{agreed.mean_loss:.1%} lost on average where they differ"
-            print(f"{where:<12}{agreed.calls:>5} calls: {alike}; {loss}")
+            print(f"{where:<18}{agreed.calls:>5} calls: {alike}; {loss}")
     if given.json is not None:
         figures = {
             "device": header.device.model_dump(exclude_none=True),

@@ -107,7 +107,7 @@ def corpus(target: str) -> list[bytes]:
         cost = {
             "backend": "sdpa", "mode": "forward", "layout": "padded", "causal": True,
             "dtype": "float32", "head_dim": 64, "host_us": {"call": 3.0},
-            "device_us": {"call": 10.0, "dense_tiles": 0.5}, "longest_kv_len": 512, "samples": 9,
+            "device_us": {"call": 10.0, "padded_tiles": 0.5}, "longest_kv_len": 512, "samples": 9,
             "median_error": 0.01,
         }  # fmt: skip
         threshold = {

@@ -895,6 +895,27 @@ MUTATIONS = (
         FIT,
     ),
     Mutation(
+        "what hardly counts in a few samples may cost anything",
+        "least_squares.py",
+        "pull = np.maximum(pull, strength**0.5 * prior_shares)",
+        "pass",
+        FIT,
+    ),
+    Mutation(
+        "every mask has a row per query",
+        "features.py",
+        "call.q_len if differs else 1",
+        "call.q_len",
+        FIT,
+    ),
+    Mutation(
+        "a mask spares a kernel what a causal pattern does",
+        "features.py",
+        "dense if work.masked else visible",
+        "visible",
+        FIT,
+    ),
+    Mutation(
         "few samples of a layout stay alone",
         "fit.py",
         "if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:",

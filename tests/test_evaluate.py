@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from smartattn import grid
+from smartattn.backends import NAMED
 from smartattn.cost import LAYERS
 from smartattn.evaluate import Regret, always, by_mode, by_profile, cross_validated, judge, timings
-from smartattn.features import FEATURES, features
+from smartattn.features import FEATURES, Kernel, features
 from smartattn.fit import fit_costs
 from smartattn.profile import Profile, default_rules
 from smartattn.samples import Sample
@@ -35,10 +36,14 @@ def drawn(count: int) -> list[Sample]:
     for workload in islice(
         grid.workloads([family], grid.limits("cuda", "quick", 10**11), 0), count
     ):
-        work = features(workload.plan(CUDA), workload.call(CUDA))
-        amounts = dict(zip(FEATURES, work, strict=True))
-        found.append(sample(workload, "sdpa", 20 + 3 * amounts["dense_tiles"]))
-        found.append(sample(workload, "flash_attention_2", 90 + 3 * amounts["real_tiles"]))
+        plan, call = workload.plan(CUDA), workload.call(CUDA)
+        for backend, start, pairs in (
+            ("sdpa", 20, "padded_tiles"),
+            ("flash_attention_2", 90, "real_tiles"),
+        ):
+            work = features(plan, call, Kernel.of(NAMED[backend], plan, call, slots=0))
+            amounts = dict(zip(FEATURES, work, strict=True))
+            found.append(sample(workload, backend, start + 3 * amounts[pairs]))
     return found
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from smartattn import grid
 from smartattn.backends import BACKENDS, NAMED
 from smartattn.backends.base import Walk
+from smartattn.backends.sdpa import needs_no_mask
 from smartattn.cost import BEND_LIMIT, LAYERS, Cost, Predictor
 from smartattn.features import BEND_TERMS, FEATURES, Kernel, features, regime_of
 from smartattn.fit import fit_costs, fit_profile
@@ -29,7 +30,7 @@ from smartattn.workload import Workload
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Microseconds per unit: one backend walks the padded tensors, the other the real tokens.
 TRUE = {
-    "sdpa": {"call": 20.0, "dense_tiles": 2.0, "mask_pairs": 4.0, "dense_keys": 0.4},
+    "sdpa": {"call": 20.0, "padded_tiles": 2.0, "mask_pairs": 4.0, "dense_keys": 0.4},
     "torch_varlen": {"call": 45.0, "sequences": 1.0, "real_tiles": 2.5, "dense_queries": 0.5},
 }
 FAMILY = grid.Family("forward", True, ("left",), "bfloat16", 64)
@@ -168,6 +169,96 @@ def test_head_dims_share_what_they_have_in_common() -> None:
             assert found is not None
             errors.append(abs(found / (2 * true_us(backend, workload)) - 1))
     assert np.median(errors) < 0.15
+
+
+def test_what_hardly_counts_in_a_few_samples_is_what_the_others_say() -> None:
+    """One slow sample of a rare head_dim must not make its sequences cost a hundredfold."""
+    many = samples_of(drawn(40))
+    long = [
+        Workload("forward", True, "left", "bfloat16", batch, kv_len, kv_len, 4, 4, 64, seed=kv_len)
+        for batch, kv_len in ((8, 1100), (4, 1500), (3, 2900), (2, 3700), (2, 5000), (2, 8000))
+    ]
+    few = [
+        replace(sample, workload=replace(sample.workload, head_dim=80), device_us=factor * us)
+        for sample in samples_of(replace(w, padding_share=0.4) for w in long)
+        for us, factor in [(sample.device_us, 1.4 if sample.workload.batch == 8 else 1.0)]
+    ]
+    predictor = Predictor(fit_costs(many + few, CUDA))
+    for batch, kv_len in ((200, 20), (128, 40), (250, 16)):
+        short = Workload("forward", True, "left", "bfloat16", batch, kv_len, kv_len, 16, 16, 64)
+        short = replace(short, padding_share=0.5)
+        rare = replace(short, head_dim=80)
+        for backend in TRUE:
+            found = predictor.predict(backend, rare.plan(CUDA), rare.call(CUDA))
+            assert found == pytest.approx(true_us(backend, short), rel=0.5), backend
+
+
+def test_coefficients_are_held_by_the_samples_that_the_prior_is_from() -> None:
+    # The second amount is next to nothing in three samples, one of which took twice as long.
+    amounts = np.array([[1.0, 1e-3], [1.0, 1e-3], [1.0, 2e-3]])
+    times, prior = np.array([10.0, 10.0, 20.0]), np.array([10.0, 5.0])
+    free = relative_fit(amounts, times, prior, strength=1.0)
+    shares = np.array([0.1, 0.1])
+    held = relative_fit(amounts, times, prior, strength=1.0, prior_shares=shares)
+    assert free[1] > 500
+    assert held[1] == pytest.approx(5.0, abs=0.5)
+    # What the samples do tell of is theirs to say.
+    assert 10.0 < held[0] < 20.0
+    exact = relative_fit(amounts, amounts @ prior, prior, prior_shares=shares)
+    assert exact == pytest.approx(prior)
+
+
+@pytest.mark.parametrize(
+    ("side", "causal", "mode", "window"),
+    [
+        # More sequences than queries, in a mask that all of them share.
+        ("none", True, "forward", -7),
+        ("none", True, "forward", 0),
+        ("none", True, "forward", 7),
+        ("none", False, "train", 0),
+        ("left", True, "train", 0),
+        ("left", False, "forward", 0),
+        ("right", True, "forward", 0),
+        ("right", True, "forward", 9),
+        ("right", False, "train", 0),
+        ("packed", True, "forward", 0),
+        ("left", False, "decode", 0),
+        ("none", False, "decode", 0),
+    ],
+)
+def test_the_mask_that_is_counted_is_the_one_that_is_made(
+    side: Any, causal: bool, mode: Any, window: int
+) -> None:
+    q_len, batch = 1 if mode == "decode" else 40, 6
+    if window < 0:
+        batch, window = 60, -window
+    workload = Workload(mode, causal, side, "float32", batch, q_len, 40, 8, 2, 64, window=window)
+    if side in ("left", "right"):
+        workload = replace(workload, padding_share=0.5, seed=1)
+    if side == "packed":
+        workload = replace(workload, batch=1, sequences=5)
+    plan, call = workload.plan(CPU), workload.call(CPU)
+    counted = work(workload, device=CPU)
+    mask = None if needs_no_mask(plan, call) else plan.bias(torch.float32)
+    assert counted["mask_pairs"] == pytest.approx((0 if mask is None else mask.numel()) / 1e6)
+    pairs = workload.batch * q_len * 40 * 8 / 1e6
+    rows_differ = mask is not None and mask.shape[2] > 1
+    assert counted["bias_pairs"] == pytest.approx(pairs if rows_differ else 0.0)
+    # A kernel that is handed a mask computes what is masked, too.
+    assert counted["dense_tiles"] == pytest.approx(pairs)
+    spared = mask is None and causal and q_len > 1
+    assert counted["padded_tiles"] == pytest.approx(pairs * (41 / 80 if spared else 1.0))
+
+
+def test_slices_are_as_large_as_their_tensor_in_a_backward_alone() -> None:
+    padded = Workload("train", True, "left", "float32", 6, 40, 40, 8, 2, 64, padding_share=0.5)
+    groups = work(padded)["groups"]
+    assert groups > 1
+    assert work(padded)["group_tokens"] == pytest.approx(groups * 6 * 40 * (8 + 2 * 2) / 1e3)
+    for mode, q_len in (("forward", 40), ("decode", 1)):
+        other = replace(padded, mode=mode, q_len=q_len)  # type: ignore[arg-type]
+        assert work(other)["groups"] == groups
+        assert work(other)["group_tokens"] == 0
 
 
 def test_host_time_counts_where_the_device_is_faster() -> None:
@@ -530,7 +621,7 @@ def test_kernels_of_gpus_cost_whole_tiles() -> None:
             replace(plain, mode="decode", q_len=1),
         ):
             named = work(workload, "torch_varlen", device)
-            tiles = [named[f"{kind}_tiles"] * 1e6 / 8 for kind in ("dense", "visible", "real")]
+            tiles = [named[f"{kind}_tiles"] * 1e6 / 8 for kind in ("dense", "padded", "real")]
             found[device.type, workload.mode, workload.causal] = [round(pairs) for pairs in tiles]
     assert found == {
         ("cuda", "forward", False): [256 * 256] * 3,

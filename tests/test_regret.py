@@ -103,7 +103,7 @@ def test_two_profiles_are_compared(
         regret.main([word for name, path in paths.items() for word in (f"--{name}", str(path))])
         found.append(json.loads(figures.read_text())["agreement"])
     same, unlike = found
-    assert same.keys() == {"alone", "in a layer"}
+    assert same.keys() == {"alone", "in a layer", "in the same layer"}
     assert all(
         one["same"] == one["close"] == 1.0 and one["mean_loss"] == 0 for one in same.values()
     )

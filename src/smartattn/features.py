@@ -36,9 +36,11 @@ FEATURES: dict[str, str] = {
     "sequenced": "1 if rows are told apart as sequences, since padding is not first and last keys",
     "sequences": "10^3 sequences x heads",
     "dense_tiles": "10^6 (query, key) pairs x heads, masked ones included",
-    "visible_tiles": "10^6 (query, key) pairs x heads that the causal pattern leaves of those",
+    "padded_tiles": "the same without those that a causal kernel spares, if there is no mask",
     "real_tiles": "10^6 (query, key) pairs x heads, those with real tokens in them only",
-    "mask_pairs": "10^6 elements of a (batch, 1, q_len, kv_len) mask",
+    "mask_pairs": "10^6 elements of the mask that SDPA is handed, 0 if it needs none",
+    "bias_pairs": "10^6 (query, key) pairs x heads that each read an element of the mask, if its "
+    "rows differ from query to query",
     "dense_queries": "10^3 query tokens x heads, padding included",
     "real_queries": "10^3 query tokens x heads, real ones only",
     "dense_keys": "10^3 key tokens x kv_heads, padding included",
@@ -49,17 +51,18 @@ FEATURES: dict[str, str] = {
     "longest": "10^3 keys of the longest sequence: what one thread block walks",
     "width": "10^3 keys of the padded tensor: what one thread block walks under a mask",
     "walked": "10^3 keys of the groups one after the other: what the blocks of each group walk",
-    "group_tokens": "groups x 10^3 tokens x heads: gradients of a slice are as large as the tensor",
+    "group_tokens": "groups x 10^3 tokens x heads in a backward: gradients of a slice are as large "
+    "as the tensor",
     "busiest_keys": "one query per sequence: 10^3 keys that the busiest thread block walks",
     # Starting one and fetching what it needs takes time however few keys there are, which is most
     # of what many short sequences cost; "sequences" counts the heads that share a block, too.
     "blocks": "one query per sequence: 10^3 thread blocks, whose heads share their keys",
-    "sequence_tiles": "real_tiles, or visible_tiles of right padding that is not worth skipping",
+    "sequence_tiles": "real_tiles, or padded_tiles of right padding that is not worth skipping",
 }
 
 #: Features that the head_dim has no part in.
 FIXED = frozenset(
-    {"call", "groups", "gathers", "sequenced", "sequences", "mask_pairs", "blocks"},
+    {*("call", "groups", "gathers", "sequenced", "sequences"), "mask_pairs", "bias_pairs", "blocks"}
 )
 
 #: The sizes whose logarithms bend a model, each with the middle of its usual range and half of its
@@ -162,6 +165,8 @@ class _Work(NamedTuple):
     pack_queries: bool
     #: Padding is computed: a causal kernel need not know of it, and skipping does not pay.
     whole: bool
+    #: SDPA is handed a mask.
+    masked: bool
     #: Amounts in the order of :data:`FEATURES`, without those that depend on the kernel.
     amounts: tuple[float, ...]
 
@@ -173,7 +178,9 @@ def _work(plan: Plan, call: Call) -> _Work:
     queries = call.batch * call.q_len * 1e-3
     keys = call.batch * visible * 1e-3
     real_keys = plan.real_k * 1e-3
-    whole = plan.is_padded and needs_no_mask(plan, call) and not skipping_pays(plan, call)
+    masked = not needs_no_mask(plan, call)
+    sequences, rows = _mask_shape(plan, call) if masked else (0, 0)
+    whole = plan.is_padded and not masked and not skipping_pays(plan, call)
     padded = plan.is_padded and not whole
     sequenced = padded and (call.grad or not bounds_suffice(plan, call))
     concatenated = not call.token_major_keys
@@ -183,7 +190,8 @@ def _work(plan: Plan, call: Call) -> _Work:
         "gathers": 1.0 if concatenated and (plan.is_padded or plan.is_packed) else 0.0,
         "sequenced": 1.0 if sequenced else 0.0,
         "sequences": facts.sequences * heads * 1e-3,
-        "mask_pairs": queries * visible * 1e-3,
+        "mask_pairs": sequences * rows * visible * 1e-6,
+        "bias_pairs": queries * heads * visible * 1e-3 if rows > 1 else 0.0,
         "dense_queries": queries * heads,
         "real_queries": plan.real_q * heads * 1e-3 if pack_queries else queries * heads,
         "dense_keys": keys * kv_heads,
@@ -194,9 +202,18 @@ def _work(plan: Plan, call: Call) -> _Work:
         "longest": facts.longest * 1e-3,
         "width": visible * 1e-3,
         "walked": facts.walked * 1e-3,
-        "group_tokens": facts.groups * (queries * heads + 2 * keys * kv_heads),
+        "group_tokens": facts.groups * (queries * heads + 2 * keys * kv_heads)
+        if call.grad
+        else 0.0,
     }
-    return _Work(facts, pack_queries, whole, tuple(amounts.get(name, 0.0) for name in FEATURES))
+    known = tuple(amounts.get(name, 0.0) for name in FEATURES)
+    return _Work(facts, pack_queries, whole, masked, known)
+
+
+def _mask_shape(plan: Plan, call: Call) -> tuple[int, int]:
+    """Sequences and rows of a mask, 1 where it is constant in them: see ``dense.seen``."""
+    differs = plan.is_packed or plan.window_matters or plan.is_causal
+    return call.batch if plan.is_padded or plan.is_packed else 1, call.q_len if differs else 1
 
 
 _PLACES = {name: place for place, name in enumerate(FEATURES)}
@@ -210,7 +227,7 @@ def _cut_up(work: _Work, plan: Plan, call: Call, kernel: Kernel) -> tuple[float,
     real = plan.tiled_pairs(work.pack_queries, *tile) * heads
     dense = _rectangle(call.q_len, plan.visible, False, tile) * call.batch * heads
     amounts[_PLACES["dense_tiles"]] = dense
-    amounts[_PLACES["visible_tiles"]] = visible
+    amounts[_PLACES["padded_tiles"]] = dense if work.masked else visible
     amounts[_PLACES["real_tiles"]] = real
     amounts[_PLACES["sequence_tiles"]] = visible if work.whole else real
     if kernel.busiest is not None:

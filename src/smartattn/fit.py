@@ -59,9 +59,9 @@ _WALKS: dict[Walk, FloatArray] = {
         "blocks",
         "busiest_keys",
         "sequences",
-        "dense_tiles",
-        "visible_tiles",
+        "padded_tiles",
         "mask_pairs",
+        "bias_pairs",
         "dense_queries",
         "dense_keys",
         "repeated_keys",
@@ -110,7 +110,7 @@ _WALKS: dict[Walk, FloatArray] = {
 _NEEDED: dict[Mode, str] = {"forward": "real_tiles", "train": "real_tiles", "decode": "real_keys"}
 #: What it is called by what is walked.
 _NEEDED_AS = {
-    "real_tiles": ("real_tiles", "sequence_tiles", "visible_tiles"),
+    "real_tiles": ("real_tiles", "sequence_tiles", "padded_tiles"),
     "real_keys": ("real_keys", "dense_keys"),
 }
 #: Share of the lowest time per unit of it that the coefficient is at least. All of it would leave
@@ -276,6 +276,7 @@ class _Group:
         amounts = np.concatenate([group.amounts for group in alike + self.kin])
         device_us = np.concatenate([group.device_us for group in alike + self.kin])
         pooled = relative_fit(amounts * columns, device_us, least=least)
+        shares = amounts * columns / device_us[:, None]
         # The host runs the same code whatever the head_dim.
         launches = np.zeros(len(FEATURES))
         if host:
@@ -291,6 +292,7 @@ class _Group:
                 pooled * columns,
                 least=least,
                 strength=_PRIOR_SAMPLES,
+                prior_shares=np.sqrt(np.square(shares).mean(axis=0)),
             )
             for table in self.tables
         ]

@@ -14,7 +14,7 @@ from .features import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "7"
+VERSION = "8"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.

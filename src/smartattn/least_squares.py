@@ -60,6 +60,7 @@ def relative_fit(
     *,
     least: FloatArray | None = None,
     strength: float = 1.0,
+    prior_shares: FloatArray | None = None,
     rounds: int = 5,
     above: float = 1.0,
 ) -> FloatArray:
@@ -73,6 +74,9 @@ def relative_fit(
         amounts: (samples, features).
         times: (samples,) in microseconds, positive.
         prior: (features,) coefficients that each count as much as ``strength`` samples.
+        prior_shares: (features,) amounts / times of the samples that the prior is from, root mean
+            square. What is next to nothing in the samples given would else be free to take any
+            coefficient, and be most of the time in others.
         least: (features,) what the coefficients are at least; zeros if not given.
         above: what a sample that took longer than predicted counts; far below 1 the fit is the
             lower edge of the samples.
@@ -85,6 +89,8 @@ def relative_fit(
     for _ in range(rounds):
         matrix = amounts * weights[:, None]
         pull = share * np.linalg.norm(matrix, axis=0)
+        if prior_shares is not None:
+            pull = np.maximum(pull, strength**0.5 * prior_shares)
         coefficients = low + nonnegative_least_squares(
             np.concatenate([matrix, np.diag(pull)]),
             np.concatenate([(times - amounts @ low) * weights, pull * (goal - low)]),
