@@ -204,7 +204,7 @@ MUTATIONS = (
     Mutation(
         "a shape is built although it came but once",
         "first_use.py",
-        "if shape.lost_us * _MORE_TO_COME >= self._build_us:",
+        "if shape.lost_us * _MORE_TO_COME >= self.build_us:",
         "if shape.lost_us >= 0:",
         ("tests/test_first_use.py",),
     ),
