@@ -290,7 +290,8 @@ def _fa4_varlen_func(
         # A tile is loaded for a sequence of which no key is used, too.
         for first, last in itertools.pairwise(cu_seqlens_k.tolist()):
             assert bool(v[first : min(last, first + 144)].isfinite().all()), "NaN in a tile"
-    if torch.is_grad_enabled() and q.requires_grad:
+    assert torch.is_grad_enabled() or not q.requires_grad
+    if q.requires_grad:
         # The backward multiplies by queries in whole tiles.
         assert seqused_k is None
         assert bool(q.isfinite().all())

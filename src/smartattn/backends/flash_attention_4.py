@@ -268,11 +268,15 @@ def _output(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """The output alone; the functions return (output, log of the sums) or the former."""
+    states = [unit_stride(one) for one in (q, k, v)]
+    if not torch.is_grad_enabled():
+        # It would keep what a backward needs, and build other kernels for that.
+        states = [one.detach() if one.requires_grad else one for one in states]
     if q.device.type == "cuda" and torch.cuda.current_device() != q.device.index:
         # It asks the current device what to build for.
         with torch.cuda.device(q.device):
-            returned = function(unit_stride(q), unit_stride(k), unit_stride(v), **options)
+            returned = function(*states, **options)
     else:
-        returned = function(unit_stride(q), unit_stride(k), unit_stride(v), **options)
+        returned = function(*states, **options)
     output: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
     return output
