@@ -580,7 +580,6 @@ def test_building_for_kinds_is_not_measuring(
     assert done.slow > 0
     _, taken = samples.load(done.samples)
     own = [sample for sample in taken if sample.backend == "kinds" and sample.status == "ok"]
-    assert len(own) > 1
     assert sum(sample.first_us > 1.4e6 for sample in own) == 1
     assert all(sample.prepare_us < 5e5 for sample in own)
 
