@@ -16,6 +16,7 @@ import torch
 from smartattn.backends import NAMED, flash_attention_2, flash_attention_4
 from smartattn.backends.flash_attention_4 import FlashAttention4Backend
 from smartattn.call import Call
+from smartattn.faults import is_unsupported
 from smartattn.plan import Pattern, Plan
 from smartattn.workload import Workload
 
@@ -201,6 +202,40 @@ def _call(batch: int, length: int, **facts: Any) -> Call:
 def _rows(lengths: list[int], width: int, left: bool = False) -> np.ndarray[Any, Any]:
     real = np.arange(width)[None] < np.array(lengths)[:, None]
     return real[:, ::-1].copy() if left else real
+
+
+class _CompilerError(Exception):
+    """As the compiler of its kernels raises them."""
+
+
+_CompilerError.__module__ = "cutlass.base_dsl.common"
+
+
+@pytest.mark.parametrize(
+    ("raised", "is_told"),
+    [
+        (_CompilerError("ptxas\nis missing"), True),
+        (AssertionError("SplitKV not there"), True),
+        (RuntimeError("CUDA error: an illegal memory access"), False),
+        (torch.OutOfMemoryError("no memory"), False),
+    ],
+)
+def test_what_cannot_be_compiled_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, is_told: bool
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise raised
+
+    functions = flash_attention_4.Functions(fail, fail)
+    monkeypatch.setattr(flash_attention_4, "_functions", lambda: (functions, None))
+    states = torch.zeros(2, 8, 4, 64)
+    call = _call(2, 4, kv_heads=8, device=CPU)
+    with pytest.raises(NotImplementedError if is_told else type(raised)) as caught:
+        BACKEND.run(_plan(2, 4), call, states, states, states)
+    assert is_unsupported(caught.value) == is_told
+    if is_told:
+        said = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+        assert str(caught.value) == f"flash-attn-4 has no kernel for it: {said}"
 
 
 def test_its_deterministic_backward_is_refused() -> None:

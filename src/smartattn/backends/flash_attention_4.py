@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,13 +17,15 @@ import torch
 from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..machine import versions
+from ..machine import one_line, versions
 from ..packing import VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import DenseKernel, Facts, Route, bind_dense, bind_varlen, on_rocm, route, unit_stride
 
 _MODULE = "flash_attn.cute"
+#: The package that compiles its kernels, with errors of its own.
+_COMPILER = "cutlass"
 #: What is handed to both of its functions, and to the one for sequences beyond that.
 _OPTIONS = frozenset(
     {"softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic"}
@@ -272,11 +275,16 @@ def _output(
     if not torch.is_grad_enabled():
         # It would keep what a backward needs, and build other kernels for that.
         states = [one.detach() if one.requires_grad else one for one in states]
-    if q.device.type == "cuda" and torch.cuda.current_device() != q.device.index:
-        # It asks the current device what to build for.
-        with torch.cuda.device(q.device):
+    other = q.device.type == "cuda" and torch.cuda.current_device() != q.device.index
+    # It asks the current device what to build for.
+    with torch.cuda.device(q.device) if other else contextlib.nullcontext():
+        try:
             returned = function(*states, **options)
-    else:
-        returned = function(*states, **options)
+        except Exception as error:
+            if isinstance(error, AssertionError) or type(error).__module__.startswith(_COMPILER):
+                # The host's own, before anything is launched: another backend may take the call.
+                said = one_line(f"{type(error).__name__}: {error}")
+                raise NotImplementedError(f"flash-attn-4 has no kernel for it: {said}") from error
+            raise
     output: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
     return output
