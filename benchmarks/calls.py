@@ -29,6 +29,7 @@ from smartattn.backends import (
     Backend,
     flash_attention_2,
     flash_attention_3,
+    flash_attention_4,
     torch_varlen,
     triton_varlen,
 )
@@ -47,11 +48,8 @@ from .common import Budget, Judged, Run, judged, markdown, mean_of, number, sync
 
 #: Backends whose kernels take packed sequences.
 VARLEN = (
-    "flash_attention_2",
-    "flash_attention_3",
-    "torch_varlen",
-    "triton_varlen",
-    "sdpa_unpadded",
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+    *("torch_varlen", "triton_varlen", "sdpa_unpadded"),
 )
 PADDING = 0.5
 #: What issue 5 wants: device time over that of packed tokens, microseconds of the host per layer.
@@ -335,18 +333,25 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
     """The calls of kernels that backends bound inside the block make, as functions to repeat.
 
     What is recorded is the thinnest entry point that a backend uses: the functions of flash-attn's
-    extension, the operators of FlashAttention-3 and of torch, what Triton has built, and
+    extension, the operators of FlashAttention-3 and of torch, the functions of FlashAttention-4,
+    what Triton has built, and
     ``scaled_dot_product_attention``.
     """
     calls: list[Callable[[], Any]] = []
     extension, package = flash_attention_2._extension(), flash_attention_2._package()
     operator, why = flash_attention_3._operator()
+    newest, newest_why = flash_attention_4._functions()
     aten, varlen = torch_varlen._operator(), torch_varlen._varlen_attn()
     dense = torch_varlen._dense_operator()
     stand_ins: list[tuple[Any, str, Any]] = [
         (flash_attention_2, "_extension", extension and _Namespace(extension, calls)),
         (flash_attention_2, "_package", (_Namespace(package[0], calls), *package[1:])),
         (flash_attention_3, "_operator", (_Recorder(operator, calls), why)),
+        (
+            flash_attention_4,
+            "_functions",
+            (newest and type(newest)(*(_Recorder(one, calls) for one in newest)), newest_why),
+        ),
         (torch_varlen, "_operator", aten and _Recorder(aten, calls)),
         (torch_varlen, "_dense_operator", dense and _Recorder(dense, calls)),
         (torch_varlen, "_varlen_attn", (_Recorder(varlen[0], calls), *varlen[1:])),

@@ -30,7 +30,11 @@ T = TypeVar("T")
 #: Rounds that are measured however long they take.
 FEWEST_ROUNDS = 3
 #: Optional packages: distribution, and the module that ``--hide`` would name.
-OPTIONAL = (("flash-attn", "flash_attn"), ("fa3-fwd", "fa3_fwd_interface"))
+OPTIONAL = (
+    ("flash-attn", "flash_attn"),
+    ("fa3-fwd", "fa3_fwd_interface"),
+    ("flash-attn-4", "flash_attn.cute"),
+)
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -156,7 +160,11 @@ def versions(device: torch.device) -> dict[str, Any]:
         found["device"] = torch.cuda.get_device_name(device)
         found["cudnn"] = torch.backends.cudnn.version()
     for distribution, module in OPTIONAL:
-        there = importlib.util.find_spec(module) is not None
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ImportError:
+            # The package around it is hidden, absent or broken.
+            there = False
         try:
             found[distribution] = metadata.version(distribution) if there else None
         except metadata.PackageNotFoundError:

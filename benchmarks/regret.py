@@ -117,7 +117,7 @@ def measured(
     taken: list[Sample] = []
     excluded: dict[str, str] = {}
     warm_up(device, BACKENDS)
-    patience = Patience(FIRST_RUN)
+    patience = Patience(FIRST_RUN, building=0.5 * seconds)
     start, done = time.monotonic(), 0
     for index, workload in enumerate(calls(seed, bounds, dtype)):
         if done >= wanted or time.monotonic() - start >= seconds:

@@ -19,6 +19,7 @@ import torch
 from transformers import masking_utils
 
 from smartattn.backends import Backend, flash_attention_3
+from smartattn.backends.flash import Route
 from smartattn.call import Call
 from smartattn.integration import smart_mask
 from smartattn.mask import PlanMask
@@ -482,17 +483,40 @@ def shape_cases(
     return found
 
 
-def feature_cases(n: int, dtypes: tuple[torch.dtype, ...]) -> list[Case]:
+def feature_cases(n: int, dtypes: tuple[torch.dtype, ...], dim: int = 16) -> list[Case]:
     """Cases with an argument that changes the result."""
     names = (*CORE, "given_bool-left", "given_float-left", "static_prefill-none", "decode-none")
     core = {s.name.removesuffix(f"-{n}"): s for s in situations(n)}
     return [
-        Case(core[name], 4, 2, 16, 16, LAYOUTS[0], dtype, grad, None, feature)
+        Case(core[name], 4, 2, dim, dim, LAYOUTS[0], dtype, grad, None, feature)
         for name in names
         for dtype in dtypes
         for grad in (False, True)
         for feature in ("softcap", "position_bias")
     ]
+
+
+def fewest_kinds(backend: Backend, cases: list[Case]) -> list[Case]:
+    """All cases; of a backend that builds kernels for seconds, few kinds that show everything.
+
+    Every fact of a kind comes up with every way to read a batch, with a gradient and without.
+    """
+    found, seen = [], set()
+    for case in cases:
+        if not takes(backend, case):
+            continue
+        call = case.call(CUDA)
+        kind = backend.built_for(case.situation.plan(torch.device("cpu"), case.dtype), call)
+        if kind is None:
+            return cases
+        assert isinstance(kind, tuple)
+        ways = (call.grad, next(fact for fact in kind if isinstance(fact, Route)))
+        facts = {(*ways, place, fact) for place, fact in enumerate(kind)}
+        facts.add((call.grad, "layout", case.layout))
+        if not facts <= seen:
+            found.append(case)
+            seen |= facts
+    return found
 
 
 def takes(backend: Backend, case: Case) -> bool:

@@ -42,10 +42,17 @@ def environment() -> dict[str, Any]:
         facts["cudnn"] = torch.backends.cudnn.version()
     facts["python"] = sys.version.split()[0]
     facts["smartattn"] = f"{smartattn.__version__}, source {source_digest()}"
-    for package in ("torch", "transformers", "flash-attn", "fa3-fwd", "accelerate", "triton"):
-        module = {"flash-attn": "flash_attn", "fa3-fwd": "fa3_fwd_interface"}.get(package, package)
+    modules = {
+        "flash-attn": "flash_attn",
+        "fa3-fwd": "fa3_fwd_interface",
+        "flash-attn-4": "flash_attn.cute",
+    }
+    for package in ("torch", "transformers", *modules, "accelerate", "triton"):
         # What benchmarks.everything hides has a version, and cannot be imported.
-        there = importlib.util.find_spec(module) is not None
+        try:
+            there = importlib.util.find_spec(modules.get(package, package)) is not None
+        except ImportError:
+            there = False
         try:
             facts[package] = importlib.metadata.version(package) if there else None
         except importlib.metadata.PackageNotFoundError:

@@ -8,6 +8,7 @@ of ``sdpa``.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from smartattn.backends import (
     flash,
     flash_attention_2,
     flash_attention_3,
+    flash_attention_4,
     sdpa,
     sdpa_unpadded,
     torch_varlen,
@@ -41,7 +43,17 @@ from smartattn.packing import where_keys_lie
 from smartattn.plan import Pattern, Plan
 
 from . import gpu_results
-from .cases import CORE, Case, Situation, cases, feature_cases, shape_cases, situations, takes
+from .cases import (
+    CORE,
+    Case,
+    Situation,
+    cases,
+    feature_cases,
+    fewest_kinds,
+    shape_cases,
+    situations,
+    takes,
+)
 from .reference import (
     VarlenReference,
     assert_close,
@@ -86,6 +98,17 @@ class Flash3StandIn(flash_attention_3.FlashAttention3Backend):
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         return [r for r in super().further_refusals(plan, call) if not r.startswith("this build")]
+
+
+class Flash4StandIn(flash_attention_4.FlashAttention4Backend):
+    label = "flash_attention_4"
+    # Small heads are enough for what is around the kernels.
+    support = replace(
+        flash_attention_4.FlashAttention4Backend.support,
+        devices=None,
+        dtypes=None,
+        head_dim_multiple=8,
+    )
 
 
 class TorchVarlenStandIn(torch_varlen.TorchVarlenBackend):
@@ -281,6 +304,54 @@ def _attention_kernel(
         output[row, q_start : q_start + q_count] = attended.to(output.dtype)
 
 
+def _fa4_window(causal: bool, window_size: Any) -> tuple[int, int]:
+    left, right = (-1 if side is None else side for side in window_size)
+    return (left, 0 if causal else right)
+
+
+def _fa4_func(
+    q: Any, k: Any, v: Any, qv: None = None, softmax_scale: Any = None, causal: bool = False,
+    window_size: Any = (None, None), softcap: float = 0.0, num_splits: int = 1,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    assert (qv, num_splits, deterministic) == (None, 1, False)
+    window = _fa4_window(causal, window_size)
+    return dense_attention(q, k, v, scale=softmax_scale, window=window, softcap=softcap), None
+
+
+def _fa4_varlen_func(
+    q: Any, k: Any, v: Any, qv: None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    max_seqlen_q: None = None, max_seqlen_k: None = None, seqused_k: Any = None,
+    softmax_scale: Any = None, causal: bool = False, window_size: Any = (None, None),
+    softcap: float = 0.0, num_splits: int = 1, deterministic: bool = False,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    _check_flash_arguments(q, k, v)
+    assert (qv, max_seqlen_q, max_seqlen_k) == (None, None, None)
+    assert (num_splits, deterministic) == (1, False)
+    _check_tiles(v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if seqused_k is not None:
+        # A tile is loaded for a sequence of which no key is used, too.
+        for first, last in itertools.pairwise(cu_seqlens_k.tolist()):
+            assert bool(v[first : min(last, first + 144)].isfinite().all()), "NaN in a tile"
+    assert torch.is_grad_enabled() or not q.requires_grad
+    if q.requires_grad:
+        # The backward multiplies by queries in whole tiles.
+        assert seqused_k is None
+        assert bool(q.isfinite().all())
+    window = _fa4_window(causal, window_size)
+    # FlashAttention-2 alone takes a longest query of 1 for a promise.
+    longest = [max(2, int(cu.diff().max())) for cu in (cu_seqlens_q, cu_seqlens_k)]
+    return varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, seqused_k, scale=softmax_scale,
+        window=window, softcap=softcap,
+    ), None  # fmt: skip
+
+
+FA4 = flash_attention_4.Functions(_fa4_func, _fa4_varlen_func)
+FA4_REAL = flash_attention_4.FlashAttention4Backend()
+
+
 @pytest.fixture
 def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     package = SimpleNamespace(
@@ -293,6 +364,8 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention_2, "_has_dropout", lambda device: True)
     monkeypatch.setattr(flash_attention_3, "_operator", lambda: (_fa3_fwd, None))
     monkeypatch.setattr(flash_attention_3, "has", lambda feature, device: True)
+    monkeypatch.setattr(flash_attention_4, "_missing", lambda: None)
+    monkeypatch.setattr(flash_attention_4, "_functions", lambda: (FA4, None))
     monkeypatch.setattr(torch_varlen, "_varlen_attn", lambda: (_varlen_attn, {"enable_gqa"}, None))
     monkeypatch.setattr(torch_varlen, "_operator", lambda: _flash_attention_forward)
     monkeypatch.setattr(
@@ -317,6 +390,7 @@ ON_CPU: tuple[Backend, ...] = (
     FlashStandIn(),
     ThinFlashStandIn(),
     Flash3StandIn(),
+    Flash4StandIn(),
     TorchVarlenStandIn(),
     TritonVarlenStandIn(),
 )
@@ -427,6 +501,20 @@ def test_every_pattern_and_padding_is_generated() -> None:
     assert set(CORE) <= generated
     combinations = {(case.layout, case.heads, case.head_dim) for case in _cpu_cases()}
     assert len(combinations) >= 28
+
+
+def test_where_kernels_are_built_every_fact_comes_up_in_few_cases() -> None:
+    every = [*_gpu_cases(), *_gpu_shape_cases(FA4_REAL)]
+    few = fewest_kinds(FA4_REAL, every)
+    taken = [case for case in every if takes(FA4_REAL, case)]
+    assert 30 < len(few) < 80 < len(taken) / 10
+    for fact in ("dtype", "head_dim", "grad", "feature", "layout"):
+        found, wanted = ({getattr(case, fact) for case in some} for some in (few, taken))
+        assert found == wanted, fact
+    assert {case.situation.causal for case in few} == {True, False}
+    assert {case.situation.window is None for case in few} == {True, False}
+    # Others build nothing that would take its time.
+    assert fewest_kinds(REAL[2], every) == every
 
 
 # -- properties that no float64 reference shows ----------------------------------------------------
@@ -638,6 +726,7 @@ REAL = (
     sdpa_unpadded.SdpaUnpaddedBackend(),
     flash_attention_2.FlashAttention2Backend(),
     flash_attention_3.FlashAttention3Backend(),
+    FA4_REAL,
     torch_varlen.TorchVarlenBackend(),
     triton_varlen.TritonVarlenBackend(),
 )
@@ -900,7 +989,9 @@ def _gpu_cases() -> list[Case]:
 
 
 def _gpu_shape_cases(backend: Backend) -> list[Case]:
-    return shape_cases(97, backend, HALF)
+    own = shape_cases(97, backend, HALF)
+    # Features are tried with small heads, where a backend takes them.
+    return own if backend.support.head_dim_multiple <= 16 else own + feature_cases(65, HALF, 64)
 
 
 def _gpu_parameters() -> list[Any]:
@@ -908,7 +999,11 @@ def _gpu_parameters() -> list[Any]:
         # One item that says so, instead of thousands.
         return [pytest.param(None, None, id="no-gpu")]
     able = tuple(backend for backend in REAL if backend.unavailable() is None)
-    return _parameters(able, lambda backend: [*_gpu_cases(), *_gpu_shape_cases(backend)])
+    return _parameters(able, _gpu_cases_of)
+
+
+def _gpu_cases_of(backend: Backend) -> list[Case]:
+    return fewest_kinds(backend, [*_gpu_cases(), *_gpu_shape_cases(backend)])
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from smartattn import calibrate as module
 from smartattn import grid, profile, samples, timing
+from smartattn import measure as measuring
 from smartattn.backends import BACKENDS, Backend, Support
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request, calibrate
 from smartattn.call import Call, Runner
@@ -491,6 +492,96 @@ def test_what_builds_kernels_for_each_shape_is_left_out_of_every_second_workload
     assert len(measure(0, odd, CPU, (_Builds(), SDPA), {}, 0.001, patience)) == 2
     patience.thrifty = False
     assert len(measure(0, odd, CPU, (_Builds(), _Takes(), SDPA), {}, 0.001, patience)) == 3
+
+
+class _Kinds(type(SDPA)):  # type: ignore[misc]
+    """Builds kernels for head sizes, heads per group and directions, which takes its time."""
+
+    name = "kinds"
+    indispensable = False
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.built: list[Any] = []
+
+    def built_for(self, plan: Plan, call: Call) -> Any:
+        return call.head_dim, call.group_size, call.grad
+
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        kind = self.built_for(plan, call)
+        if kind not in self.built:
+            self.built.append(kind)
+            time.sleep(self.seconds)
+        return super().bind(plan, call)
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> Any:
+    backend = _Kinds()
+    monkeypatch.setitem(measuring.NAMED, "kinds", backend)
+    measuring._built_for.cache_clear()
+    yield backend
+    measuring._built_for.cache_clear()
+
+
+def test_kernels_of_kinds_have_seconds_of_their_own(kinds: Any) -> None:
+    patience = Patience(0.5, building=12.0)
+
+    def first(seconds: float, here: bool = True, **changes: Any) -> None:
+        sample = samples.Sample(0, replace(SMALL, **changes), "kinds", "ok", first_us=seconds * 1e6)
+        patience.learn(sample, here)
+
+    # Longer than any first run may take, and done once.
+    assert patience.lasts("kinds", SMALL)
+    first(5.0)
+    for seed in range(20):
+        assert patience.lasts("kinds", replace(SMALL, seed=seed))
+        first(0.001, seed=seed)
+    assert not patience.spares("kinds", replace(SMALL, seed=1))
+    assert patience.built_seconds == 5.0
+    other = replace(SMALL, head_dim=32)
+    assert patience.lasts("kinds", other)
+    first(4.0, head_dim=32)
+    # 3 s are left, and the longest took 5; of training nothing is known.
+    assert not patience.lasts("kinds", replace(SMALL, head_dim=64))
+    assert patience.lasts("kinds", replace(SMALL, mode="train"))
+    assert patience.lasts("kinds", replace(other, seed=5))
+    # What a run that was cut short has built is gone.
+    first(4.0, here=False, head_dim=8)
+    assert patience.built_seconds == 9.0
+    assert not patience.lasts("kinds", replace(SMALL, head_dim=8))
+
+
+def test_of_kinds_that_differ_in_their_groups_one_is_built(kinds: Any) -> None:
+    thrifty, all_of_them = Patience(0.5, thrifty=True), Patience(0.5)
+    for patience in (thrifty, all_of_them):
+        patience.learn(samples.Sample(0, SMALL, "kinds", "ok", first_us=5e6))
+        assert patience.lasts("kinds", replace(SMALL, heads=8, kv_heads=4))
+        assert patience.lasts("kinds", replace(SMALL, head_dim=32, heads=8, kv_heads=1))
+    assert not thrifty.lasts("kinds", replace(SMALL, kv_heads=4))
+    assert all_of_them.lasts("kinds", replace(SMALL, kv_heads=4))
+
+
+def test_building_for_kinds_is_not_measuring(
+    one_family: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backend = _Kinds(seconds=1.5)
+    monkeypatch.setitem(measuring.NAMED, "kinds", backend)
+    measuring._built_for.cache_clear()
+    start = time.monotonic()
+    done = calibrate(quick(2.0), backends=(SDPA, UNPADDED, backend), lock=False)
+    took = time.monotonic() - start
+    measuring._built_for.cache_clear()
+    # The others have more heads per group.
+    assert len(backend.built) == 1
+    assert done.profile.run is not None
+    assert took - done.profile.run.seconds > 1.5
+    assert done.profile.run.seconds > 1.5
+    assert done.slow > 0
+    _, taken = samples.load(done.samples)
+    own = [sample for sample in taken if sample.backend == "kinds" and sample.status == "ok"]
+    assert sum(sample.first_us > 1.4e6 for sample in own) == 1
+    assert all(sample.prepare_us < 5e5 for sample in own)
 
 
 def test_spread_is_relative_and_zero_for_one() -> None:

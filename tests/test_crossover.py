@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from smartattn import crossover, profile
+from smartattn.backends import BACKENDS
 from smartattn.cost import Cost
 from smartattn.machine import Device
 from smartattn.profile import Profile
@@ -134,6 +135,11 @@ def test_letters_are_told_apart() -> None:
     letters = crossover._letters(names)
     assert len(set(letters.values())) == len(names)
     assert letters["sdpa"] == "S"
+
+
+def test_there_is_a_colour_for_every_backend() -> None:
+    measured = [backend.name for backend in BACKENDS if not backend.last_resort]
+    assert len(set(crossover.COLOURS)) == len(set(crossover._SHADES)) >= len(measured)
 
 
 def test_a_profile_of_rules_alone_has_no_map() -> None:

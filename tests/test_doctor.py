@@ -105,6 +105,28 @@ def test_when_time_is_up_every_backend_has_had_a_turn() -> None:
     assert 1 <= found["altered"].tried < len(doctor.cases("cpu"))
 
 
+def test_what_builds_kernels_comes_last_and_trains_first() -> None:
+    order: list[str] = []
+
+    class Builds(SdpaBackend):
+        name = "builds"
+
+        def built_for(self, plan: Plan, call: Call) -> Any:
+            return call.grad
+
+        def bind(self, plan: Plan, call: Call) -> Runner:
+            order.append("train" if call.grad else "forward")
+            time.sleep(0.5)
+            return super().bind(plan, call)
+
+    usual = altered(lambda out: (order.append("usual"), out)[1])
+    found = on_cpu(doctor.examine([Builds(), usual], seconds=0.3))
+    # One call, however long it takes, and none less of the others for it.
+    assert found["builds"].tried == found["builds"].passed == 1
+    assert found["altered"].tried > 1
+    assert order.index("train") == len(order) - 1
+
+
 @pytest.mark.parametrize(
     ("reason", "fix"),
     [
@@ -214,11 +236,13 @@ def test_every_kind_of_call_is_tried_in_each_dtype_before_the_next() -> None:
     assert len(found) == 27
 
 
-def test_the_versions_of_both_flash_attentions_are_printed(
+def test_the_versions_of_all_flash_attentions_are_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = machine.Versions(flash_attn="2.8.3", fa3_fwd="0.0.3", flash_attn_3="3.0.0b1")
+    found = machine.Versions(
+        flash_attn="2.8.3", fa3_fwd="0.0.3", flash_attn_3="3.0.0b1", flash_attn_4="4.0.0b36"
+    )
     monkeypatch.setattr(doctor, "versions", lambda kind: found)
     assert cli.run(["doctor"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert "flash-attn 2.8.3, fa3-fwd 0.0.3, flash-attn-3 3.0.0b1" in first
+    assert "flash-attn 2.8.3, fa3-fwd 0.0.3, flash-attn-3 3.0.0b1, flash-attn-4 4.0.0b36" in first

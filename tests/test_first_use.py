@@ -30,6 +30,11 @@ class Named(Backend):
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
         self.refuses = False
+        #: What its kernels are built for, None for every shape.
+        self.kind: str | None = None
+
+    def built_for(self, plan: Plan, call: Call) -> str | None:
+        return self.kind
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         return ["not today"] if self.refuses else []
@@ -150,3 +155,102 @@ def test_the_next_best_may_refuse(profile: Profile) -> None:
     assert bound(first, decide(profile), plan(), CALL)[0].backend is BUILT
     slow.refuses = True
     assert bound(first, decide(profile), plan(9), replace(CALL, q_len=9))[0].backend is BUILT
+
+
+# -- kernels of a kind of calls --------------------------------------------------------------------
+
+
+def test_a_kind_is_built_once_for_all_lengths_and_threads(profile: Profile) -> None:
+    kinds, ready = Named("built"), Named("ready")
+    kinds.kind = "causal"
+    first = FirstUses((kinds, ready, SLOW))
+    made = replace(decide(profile), backend=kinds)
+    # Losses of all lengths count together.
+    for width in range(8, 18):
+        shape = replace(CALL, q_len=width, kv_len=width)
+        chosen, run = bound(first, made, plan(width), shape)
+        assert chosen.backend is ready
+        assert "such calls (4.00 ms)" in chosen.reason
+        uses(run, 1)
+    other = replace(CALL, q_len=99, kv_len=99)
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(bound(first, made, plan(99), other)[0].backend.name)
+    )
+    thread.start()
+    thread.join()
+    assert found == ["built"]
+    kinds.kind = "windowed"
+    assert bound(first, made, plan(), CALL)[0].backend is ready
+
+
+def chain(profile: Profile, *verdicts: Verdict) -> Decision:
+    return Decision(Named(verdicts[0].backend), "fastest", verdicts, profile)
+
+
+def test_what_is_run_meanwhile_may_have_to_be_built_first(profile: Profile) -> None:
+    """Seconds for a kind, milliseconds for a shape, and one that is ready."""
+    kinds, shapes, ready = Named("kinds"), Named("shapes"), Named("ready")
+    kinds.kind = "causal"
+    first = FirstUses((kinds, shapes, ready))
+    decision = chain(
+        profile,
+        Verdict("kinds", (), 10.0, build_us=40_000.0),
+        Verdict("shapes", (), 30.0, build_us=4_000.0),
+        Verdict("ready", (), 130.0),
+    )
+    decision = replace(decision, backend=kinds)
+    # 100 us a call are lost to the shape's kernels, 120 us to those of the kind.
+    chosen, run = bound(first, decision, plan(), CALL)
+    assert chosen.backend is ready
+    assert chosen.waiting_for == "kinds"
+    uses(run, 9)
+    assert bound(first, decision, plan(), CALL)[0].backend is ready
+    again = plan()
+    again.decisions["layer"] = "kept"
+    uses(bound(first, decision, again, CALL)[1], 1)
+    assert not again.decisions
+    # Now those of the shape are built: 20 us a call are lost, of 10,000 in all.
+    chosen, run = bound(first, decision, plan(), CALL)
+    assert chosen.backend is shapes
+    uses(run, 439)
+    assert bound(first, decision, plan(), CALL)[0].backend is shapes
+    uses(run, 1)
+    assert bound(first, decision, plan(), CALL)[0].backend is kinds
+
+
+def test_waiting_with_one_that_has_to_be_built_costs_what_that_costs(profile: Profile) -> None:
+    kinds, shapes = Named("kinds"), Named("shapes")
+    kinds.kind = "causal"
+    first = FirstUses((kinds, shapes))
+
+    def decision(build_us: float) -> Decision:
+        made = chain(
+            profile,
+            Verdict("kinds", (), 10.0, build_us=40_000.0),
+            Verdict("shapes", (), 30.0, build_us=build_us),
+        )
+        return replace(made, backend=kinds)
+
+    # Every new shape costs 4,000 us, and 10,000 may be lost.
+    for width in (8, 9):
+        shape = replace(CALL, q_len=width, kv_len=width)
+        assert bound(first, decision(4_000.0), plan(width), shape)[0].backend is shapes
+        # What is built is there.
+        assert bound(first, decision(4_000.0), plan(width), shape)[0].backend is shapes
+    third = replace(CALL, q_len=10, kv_len=10)
+    _, run = bound(first, decision(4_000.0), plan(10), third)
+    assert uses(run, 1) == ["shapes"]
+    assert bound(first, decision(4_000.0), plan(11), replace(CALL, q_len=11))[0].backend is kinds
+    # One that costs as much as may be lost is no way to wait.
+    other = FirstUses((kinds, shapes))
+    assert bound(other, decision(10_000.0), plan(), CALL)[0].backend is kinds
+
+
+def test_what_is_carried_out_anyway_is_built(profile: Profile) -> None:
+    first = FirstUses((BUILT, READY, SLOW))
+    first.take(decide(profile), plan(), CALL)
+    assert bound(first, decide(profile), plan(), CALL)[0].backend is BUILT
+    other = replace(CALL, q_len=9)
+    first.take(decide(profile, build_us=0.0), plan(9), other)
+    assert bound(first, decide(profile), plan(9), other)[0].backend is READY

@@ -94,6 +94,31 @@ def test_kernels_that_are_built_for_each_shape_are_noticed() -> None:
     assert {cost.build_us for cost in fit_costs(unknown, CUDA)} == {0.0}
 
 
+def test_kernels_that_are_built_for_kinds_of_calls_are_noticed() -> None:
+    """The first call of a kind alone takes long, and that may be one of another layout."""
+    found: list[Sample] = []
+    seen = set()
+    device = torch.device("cuda", 0)
+    for index, workload in enumerate(drawn(40)):
+        for backend in ("sdpa", "flash_attention_4"):
+            us = true_us(backend if backend in TRUE else "torch_varlen", workload)
+            kind = NAMED[backend].built_for(workload.plan(CPU), workload.call(CPU))
+            assert kind == NAMED[backend].built_for(workload.plan(CPU), workload.call(device))
+            builds = 5e6 if kind is not None and kind not in seen else 0.0
+            # One of them was there already.
+            builds *= bool(seen) or backend == "sdpa"
+            if kind is not None:
+                seen.add(kind)
+            sample = Sample(index, workload, backend, "ok", 10.0, 0.0, us, 0.01, 5)
+            found.append(replace(sample, first_us=us + builds + 200.0))
+    assert 2 < len(seen) < 40
+    costs = fit_costs(found, CUDA)
+    assert {c.build_us for c in costs if c.backend == "sdpa"} == {0.0}
+    assert {c.build_us for c in costs if c.backend == "flash_attention_4"} == {5e6}
+    quick = [replace(sample, first_us=min(sample.first_us, 4000.0)) for sample in found]
+    assert {c.build_us for c in fit_costs(quick, CUDA)} == {0.0}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 2**31))
 def test_least_squares_meets_its_optimality_conditions(columns: int, rows: int, seed: int) -> None:

@@ -683,16 +683,26 @@ def test_flash_attention_3_counts_where_it_was_recorded() -> None:
         "fa3-fwd 0.0.3 then, 0.0.4 now",
         "flash-attn-3 3.0.0b1 then, absent now",
     ]
+    assert machine.Versions(flash_attn_4="4.0.0b35").differences(now) == [
+        "flash-attn-4 4.0.0b35 then, absent now"
+    ]
     # Profiles of before used it and do not say so.
     assert machine.Versions().differences(now) == []
+    assert machine.Versions().differences(machine.Versions(flash_attn_4="4.0.0b36")) == []
 
 
 def test_the_versions_of_flash_attention_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"flash-attn": "2.8.3", "fa3-fwd": "0.0.3", "flash-attn-3": "3.0.0b1"}
+    installed = {
+        "flash-attn": "2.8.3",
+        "fa3-fwd": "0.0.3",
+        "flash-attn-3": "3.0.0b1",
+        "flash-attn-4": "4.0.0b36",
+    }
     right = importlib.metadata.version
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: installed.get(name) or right(name)
     )
     found = machine.versions("cuda")
-    assert (found.flash_attn, found.fa3_fwd, found.flash_attn_3) == tuple(installed.values())
+    told = (found.flash_attn, found.fa3_fwd, found.flash_attn_3, found.flash_attn_4)
+    assert told == tuple(installed.values())
     assert machine.versions("cpu").fa3_fwd is None

@@ -69,7 +69,8 @@ class Request:
 
     device: torch.device
     mode: RunMode = "default"
-    #: Seconds of measuring.
+    #: Seconds of measuring. Kernels that are built once for a kind of call, not for each shape, may
+    #: take as long again.
     budget: float | None = None
     #: Path of the profile; by default the user's own for the device.
     output: Path | None = None
@@ -233,7 +234,8 @@ class _Sweep:
     unmeasured: str | None = None
     excluded: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
-    #: Seconds of measuring, those of a run that was cut short included.
+    #: Seconds of measuring, those of a run that was cut short included; without building kernels
+    #: for kinds of calls, see :class:`~smartattn.measure.Patience`.
     seconds: float = 0.0
     surroundings: Surroundings | None = None
     watch: Watch = field(init=False)
@@ -259,14 +261,14 @@ class _Sweep:
         warm_up(request.device, self.backends)
         if self.surroundings is None:
             self.surroundings = self._surroundings()
-        patience = Patience(_PATIENCE[request.mode], thrifty=True)
+        patience = Patience(_PATIENCE[request.mode], thrifty=True, building=budget)
         for sample in self.taken:
-            patience.learn(sample)
+            patience.learn(sample, here=False)
         flush = cache_flush(request.device) if request.cold else None
         complete = False
         try:
             for index, workload in enumerate(every):
-                self.seconds = time.monotonic() - start
+                self.seconds = time.monotonic() - start - patience.built_seconds
                 if self.seconds >= until:
                     break
                 self.report(Progress(self.seconds, budget, len(self.taken), str(workload)))
@@ -287,7 +289,7 @@ class _Sweep:
                     saved = time.monotonic()
             complete = True
         finally:
-            self.seconds = time.monotonic() - start
+            self.seconds = time.monotonic() - start - patience.built_seconds
             self._save(complete)
         self._tell("fitting")
 

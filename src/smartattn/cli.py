@@ -263,7 +263,7 @@ def _print_outcome(outcome: Outcome, console: Console) -> None:
         console.print(f"{outcome.out_of_memory} runs did not fit in memory and were left out")
     if outcome.slow:
         console.print(
-            f"{outcome.slow} runs were left out: kernels are built for each shape there, which "
+            f"{outcome.slow} runs were left out: kernels would have to be built there, which "
             "would have taken too long"
         )
     for complaint in outcome.complaints:

@@ -69,7 +69,8 @@ class Cost(Record):
     #: Median over the samples of the largest error against float64, relative to the largest
     #: reference value; None if it was not measured.
     error: Annotated[float, Field(ge=0.0, le=1e6)] | None = None
-    #: What the first call of each new shape takes longer, for kernels that are built for a shape.
+    #: What the first call of each new shape takes longer, or of each new kind, for kernels that are
+    #: built for those: see :meth:`~smartattn.backends.Backend.built_for`.
     build_us: Coefficient = 0.0
     #: Logarithm of what ``device_us`` is multiplied by, in the terms of :func:`bend_terms`; empty
     #: if too little was measured to tell.

@@ -34,8 +34,8 @@ KINDS: tuple[tuple[Mode, bool, Side, str], ...] = (
 )
 BATCH, HEADS = 16, 16
 #: Colours of backends in the order in which they win most, for plots and for terminals.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-_SHADES = ("blue", "red", "green", "yellow", "cyan", "magenta")
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#332288")
+_SHADES = ("blue", "red", "green", "yellow", "cyan", "magenta", "white", "bright_blue")
 
 
 class PlotError(RuntimeError):

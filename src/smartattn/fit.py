@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -157,6 +157,7 @@ def fit_costs(
     """
     rows: dict[tuple[str, Regime], list[_Row]] = defaultdict(list)
     known: dict[Workload, tuple[Plan, Seen]] = {}
+    builds: dict[tuple[str, Mode], dict[Hashable, float]] = defaultdict(dict)
     for sample in samples:
         if sample.status != "ok" or sample.device_us <= 0 or sample.backend not in NAMED:
             continue
@@ -169,6 +170,10 @@ def fit_costs(
             kernel = Kernel.of(runner, plan, seen.call, _slots(runner, processors))
             amounts = seen.amounts(plan, kernel)
             rows[sample.backend, seen.regime].append((amounts, seen.terms, sample))
+            kind = runner.built_for(plan, seen.call)
+            if kind is not None:
+                of = builds[sample.backend, seen.regime.mode]
+                of[kind] = max(of.get(kind, 0.0), _longer_us(sample))
     # Regimes that differ in head_dim, and in whether they are causal, have most in common: the
     # amounts of work speak of both. Right padding that a kernel need not know of is none to it.
     alike: dict[tuple[str, Regime], list[_Table]] = defaultdict(list)
@@ -184,6 +189,8 @@ def fit_costs(
         key = (group.regime.mode, group.regime.dtype)
         rates[key] = min(rates.get(key, np.inf), group.rate())
     for group in groups:
+        kinds = builds.get((group.backend, group.regime.mode))
+        group.build_us = _build_us(group.samples) if kinds is None else _kinds_us(kinds.values())
         group.best_rate = rates[group.regime.mode, group.regime.dtype]
         group.kin = [other for other in groups if other is not group and group.is_kin_of(other)]
         if len(group.samples) < _BENDING_SAMPLES[group.regime.mode]:
@@ -237,6 +244,7 @@ class _Group:
         self.device_us = np.array([sample.device_us for sample in self.samples])
         #: The lowest time per unit of ``_NEEDED`` of any backend in this mode and dtype.
         self.best_rate = 0.0
+        self.build_us = 0.0
         #: Groups of the same kernels, and of the same backend in another layout.
         self.kin: list[_Group] = []
         self.siblings: list[_Group] = []
@@ -348,7 +356,7 @@ class _Group:
             prepare_us=_named(prepare * per_dim),
             peak_bytes=_named(memory * per_dim),
             error=float(f"{np.median(errors):.3g}"),
-            build_us=_build_us(self.samples),
+            build_us=self.build_us,
             bend=() if bend is None else tuple(float(f"{term:.4g}") for term in bend),
             slots=slots if device[_SLOTTED].any() else 0,
             # The coefficients come from all of the group's samples, and so does their reach.
@@ -382,11 +390,24 @@ def _build_us(samples: Sequence[Sample]) -> float:
 
     The lower quartile: first calls of a process load code, too, but not three in four of them.
     """
-    longer = [s.first_us - max(s.host_us, s.device_us) for s in samples if s.first_us > 0]
+    longer = [_longer_us(sample) for sample in samples if sample.first_us > 0]
     if len(longer) < FEWEST:
         return 0.0
     quartile = float(np.quantile(longer, 0.25))
     return float(f"{quartile:.3g}") if quartile >= _BUILDING_US else 0.0
+
+
+def _kinds_us(longest: Iterable[float]) -> float:
+    """The same where kernels are built for kinds of calls, from the longest first call of each.
+
+    The median: kinds have kernels in common, and one whose kernels were all there says nothing.
+    """
+    built = [us for us in longest if us >= _BUILDING_US]
+    return float(f"{np.median(built):.3g}") if built else 0.0
+
+
+def _longer_us(sample: Sample) -> float:
+    return sample.first_us - max(sample.host_us, sample.device_us)
 
 
 def _named(coefficients: FloatArray) -> dict[str, float]:

@@ -297,6 +297,8 @@ def _choose(
     lasting = call.grad and plan.settings is None
     if settings.backends is None and objective.goal == "latency" and not lasting:
         decision, bind = _first_uses.settle(decision, plan, call)
+    else:
+        _first_uses.take(decision, plan, call)
     _log(plan, call, decision)
     try:
         run = bind()

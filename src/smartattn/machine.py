@@ -65,6 +65,7 @@ class Versions(Record):
     #: The packages that FlashAttention-3 comes in; kernels are taken from the first that is there.
     fa3_fwd: Line | None = None
     flash_attn_3: Line | None = None
+    flash_attn_4: Line | None = None
     cuda: Line | None = None
     cudnn: Line | None = None
     driver: Line | None = None
@@ -73,7 +74,8 @@ class Versions(Record):
         """What differs in ``running``, as short phrases such as "torch 2.11 then, 2.13 now".
 
         smartattn's own version is left out: a release does not change a kernel. So is
-        FlashAttention-3 where none was recorded: older profiles used it without saying so.
+        FlashAttention-3 or 4 where none was recorded: older profiles used the one without saying
+        so, and do not know the other.
         """
         return [
             f"{field.replace('_', '-')} {then or 'absent'} then, {now or 'absent'} now"
@@ -85,7 +87,7 @@ class Versions(Record):
 
 
 #: Fields that are unknown, rather than absent, where a profile has none.
-_RECORDED_LATER = ("fa3_fwd", "flash_attn_3")
+_RECORDED_LATER = ("fa3_fwd", "flash_attn_3", "flash_attn_4")
 
 
 def identify(device: torch.device) -> Device | None:
@@ -124,6 +126,7 @@ def versions(kind: str) -> Versions:
         flash_attn=_distribution("flash-attn") if cuda else None,
         fa3_fwd=_distribution("fa3-fwd") if cuda else None,
         flash_attn_3=_distribution("flash-attn-3") if cuda else None,
+        flash_attn_4=_distribution("flash-attn-4") if cuda else None,
         cuda=torch.version.cuda if cuda else None,
         cudnn=None if cudnn is None else str(cudnn),
         driver=driver_version() if cuda else None,

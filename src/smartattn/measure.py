@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from .backends import Backend
+from .backends import NAMED, Backend
 from .call import Call
 from .features import FEATURES, Mode, features
 from .least_squares import relative_fit
@@ -43,7 +44,12 @@ _BUILT = 8
 _BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
 #: Backends that take sequences of all lengths in one kernel.
-_VARLEN = frozenset({"flash_attention_2", "flash_attention_3", "torch_varlen", "triton_varlen"})
+_VARLEN = frozenset(
+    {
+        *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+        *("torch_varlen", "triton_varlen"),
+    }
+)
 
 
 @dataclass
@@ -51,7 +57,9 @@ class Patience:
     """Knows how long first runs take, to leave out what would use up the time of many others.
 
     Kernels that are built for each shape make a backend that runs one group of sequences after the
-    other take seconds for a batch that it then runs in milliseconds.
+    other take seconds for a batch that it then runs in milliseconds. Those that are built for each
+    kind of call, as :meth:`~smartattn.backends.Backend.built_for` tells them apart, take seconds
+    once: first runs of kinds that are not built yet have a limit of their own, all together.
     """
 
     #: Longest first run that is waited for.
@@ -60,18 +68,39 @@ class Patience:
     #: can be compared on, once some of the kind are known: it takes many times as long as they do.
     #: Likewise preparation is timed on every third workload alone, once some of its kind are known.
     thrifty: bool = False
+    #: Seconds for kernels that are built for each kind of call. A thrifty one has one kind built
+    #: of those that differ in the heads per group alone: the models know what a group changes.
+    building: float = math.inf
+    #: Seconds that such kernels have taken so far.
+    built_seconds: float = 0.0
+    _kinds: set[Hashable] = field(default_factory=set)
+    _classes: set[Hashable] = field(default_factory=set)
+    _longest_build: dict[tuple[str, Mode], float] = field(default_factory=dict)
     _seen: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     #: How many first runs were fitted, the seconds of one, and those of each group in it.
     _lines: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     _prepared: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
     _timed: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
 
-    def learn(self, sample: Sample) -> None:
-        """Takes note of a first run."""
-        if sample.first_us > 0:
+    def learn(self, sample: Sample, here: bool = True) -> None:
+        """Takes note of a first run.
+
+        Args:
+            here: it ran in this process, which still has what was built for it.
+        """
+        if sample.first_us <= 0:
+            return
+        kind, alike = _built_for(sample.backend, sample.workload)
+        if kind is None or kind in self._kinds:
             groups = _groups(sample.workload)
             self._seen[sample.backend].append((groups, sample.first_us * 1e-6))
             self._timed[(sample.backend, sample.workload.mode, sample.workload.side)] += 1
+        elif here:
+            self._kinds.add(kind)
+            self._classes.add(alike)
+            seconds, of = sample.first_us * 1e-6, (sample.backend, sample.workload.mode)
+            self.built_seconds += seconds
+            self._longest_build[of] = max(seconds, self._longest_build.get(of, 0.0))
 
     def spares(self, backend: str, workload: Workload) -> bool:
         """Whether a workload is one that a backend is left out of."""
@@ -90,6 +119,12 @@ class Patience:
 
     def lasts(self, backend: str, workload: Workload) -> bool:
         """Whether the first run of a backend will end in time, as far as is known."""
+        kind, alike = _built_for(backend, workload)
+        if kind is not None and kind not in self._kinds:
+            if self.thrifty and alike in self._classes:
+                return False
+            longest = self._longest_build.get((backend, workload.mode), 0.0)
+            return self.built_seconds + longest <= self.building
         if len(self._seen[backend]) < _FEWEST_FIRST_RUNS:
             return _groups(workload) <= _FEW_GROUPS
         start, each = self._line(backend)
@@ -106,6 +141,24 @@ class Patience:
             start, each = map(float, relative_fit(amounts, np.maximum(seconds, 1e-6)))
             self._lines[backend] = count, start, each
         return start, each
+
+
+@functools.lru_cache(maxsize=32)
+def _built_for(name: str, workload: Workload) -> tuple[Hashable, Hashable]:
+    """The kind that a backend builds kernels for, and that of the same call without groups.
+
+    (None, None) for one that does not build kernels for kinds of calls.
+    """
+    backend = NAMED.get(name)
+    if backend is None:
+        return None, None
+    cpu = torch.device("cpu")
+    plan, call = workload.plan(cpu), workload.call(cpu)
+    kind = backend.built_for(plan, call)
+    if kind is None:
+        return None, None
+    alone = backend.built_for(plan, replace(call, heads=call.kv_heads))
+    return (name, kind), (name, alone)
 
 
 @functools.lru_cache(maxsize=4)
@@ -219,6 +272,9 @@ def warm_up(device: torch.device, backends: tuple[Backend, ...]) -> None:
         plan, call = tiny.plan(device), tiny.call(device)
         tensors = tiny.tensors(device)
         for backend in candidates(plan, call, backends, {}):
+            if backend.built_for(plan, call) is not None:
+                # That takes seconds, and says how many where it is measured.
+                continue
             # One that fails does so again when it is measured, and is then left out.
             with contextlib.suppress(Exception):
                 runner(backend, plan, call, tensors)()
@@ -311,9 +367,13 @@ def _prepare_us(
 ) -> float:
     """How much longer the first layer takes than the second, on a batch of other lengths."""
     times = []
+    kind = backend.built_for(workload.plan(device), workload.call(device))
     for number in range(_TWINS):
         twin = replace(workload, seed=workload.seed + 1 + number)
         plan, call = twin.plan(device), twin.call(device)
+        if backend.built_for(plan, call) != kind:
+            # Building comes once per process, not once per forward.
+            continue
         try:
             if backend.refusals(plan, call):
                 break

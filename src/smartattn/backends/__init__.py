@@ -6,6 +6,7 @@ from .base import Backend, Support
 from .eager import EagerBackend
 from .flash_attention_2 import FlashAttention2Backend
 from .flash_attention_3 import FlashAttention3Backend
+from .flash_attention_4 import FlashAttention4Backend
 from .sdpa import SdpaBackend
 from .sdpa_unpadded import SdpaUnpaddedBackend
 from .torch_varlen import TorchVarlenBackend
@@ -15,6 +16,7 @@ BACKENDS: tuple[Backend, ...] = (
     SdpaBackend(),
     FlashAttention2Backend(),
     FlashAttention3Backend(),
+    FlashAttention4Backend(),
     TorchVarlenBackend(),
     TritonVarlenBackend(),
     SdpaUnpaddedBackend(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -156,6 +156,14 @@ class Backend(ABC):
         # It may not fit in memory at all.
         if plan.is_packed and self.uses_dense_mask(plan, call):
             return f"would need a mask of {call.q_len:,} x {call.kv_len:,} for packed sequences"
+        return None
+
+    def built_for(self, plan: Plan, call: Call) -> Hashable | None:
+        """What the kernels of a call are built for, where one build serves a whole process.
+
+        Calls of which it is the same share their kernels, whatever their lengths and threads. None
+        where every shape has its own, in every thread, or nothing is built. It asks no device.
+        """
         return None
 
     @abstractmethod
