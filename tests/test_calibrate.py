@@ -569,7 +569,7 @@ def test_building_for_kinds_is_not_measuring(
     monkeypatch.setitem(measuring.NAMED, "kinds", backend)
     measuring._built_for.cache_clear()
     start = time.monotonic()
-    done = calibrate(quick(2.0), backends=(SDPA, UNPADDED, backend), lock=False)
+    done = calibrate(quick(4.0), backends=(SDPA, UNPADDED, backend), lock=False)
     took = time.monotonic() - start
     measuring._built_for.cache_clear()
     # The others have more heads per group.
@@ -582,6 +582,17 @@ def test_building_for_kinds_is_not_measuring(
     own = [sample for sample in taken if sample.backend == "kinds" and sample.status == "ok"]
     assert sum(sample.first_us > 1.4e6 for sample in own) == 1
     assert all(sample.prepare_us < 5e5 for sample in own)
+
+
+def test_windows_are_timed_beside_padding_and_in_training() -> None:
+    limits = grid.limits("cuda", "default", 10**11)
+    drawn = list(islice(grid.workloads(grid.families("cuda", "default"), limits, 0), 1500))
+    windowed = {(w.mode, w.causal, w.side) for w in drawn if w.window}
+    for mode in ("forward", "train"):
+        for causal in (True, False):
+            assert {(mode, causal, side) for side in ("none", "right")} <= windowed
+    assert all(mode != "decode" and side != "packed" for mode, _, side in windowed)
+    assert sum(bool(w.window) for w in drawn) < 0.2 * len(drawn)
 
 
 def test_spread_is_relative_and_zero_for_one() -> None:

@@ -609,7 +609,7 @@ def test_every_layout_has_thresholds(mode: str, side: str) -> None:
 
 
 def test_windows_have_thresholds() -> None:
-    family = grid.Family("forward", True, ("none",), "bfloat16", 64, window=True)
+    family = grid.Family("forward", True, ("none",), "bfloat16", 64, windows=1.0)
     costs = fit_costs(samples_of(drawn(20, family=family)), CUDA)
     assert {cost.layout for cost in costs} >= {"masked"}
     assert "masked" in {threshold.layout for threshold in thresholds(costs, CUDA)}

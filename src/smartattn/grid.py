@@ -14,7 +14,7 @@ from .features import Mode, features
 from .workload import Side, Workload
 
 #: Changes with the workloads that a seed yields: samples of two versions are not mixed.
-VERSION = "8"
+VERSION = "9"
 
 RunMode = Literal["quick", "default"]
 #: Workloads drawn per family, of which the most different ones are timed first.
@@ -24,6 +24,8 @@ FEWEST = 4
 #: Workloads of each family that are timed in a turn, by the place of its dtype and head_dim: what
 #: the first one teaches holds for the others too, up to a factor. A quick run may have one turn.
 _TURNS: dict[RunMode, tuple[int, ...]] = {"quick": (4, 2, 1), "default": (6, 4, 2)}
+#: Share of workloads with a window, beside those of a family of their own.
+_WINDOWS = 0.125
 #: How many times as many of a mode: one query is quickly timed, and how a kernel splits its keys is
 #: hard to foresee; of training the opposite holds.
 _SHARES: dict[Mode, float] = {"forward": 1.0, "train": 0.5, "decode": 2.0}
@@ -38,7 +40,8 @@ class Family:
     sides: tuple[Side, ...]
     dtype: str
     head_dim: int
-    window: bool = False
+    #: Share of the workloads that have a window.
+    windows: float = 0.0
     #: All rows have as much padding.
     alike: bool = False
 
@@ -112,11 +115,18 @@ def families(kind: str, mode: RunMode, varlen: bool = True) -> list[Family]:
     dims = (128, 64, 256) if mode == "quick" else (128, 64, 96, 80, 256)
     found = [Family(*shape, "bfloat16", dim) for dim in dims for shape in shapes]
     if mode == "default":
+        found = [replace(family, windows=_windows(family)) for family in found]
         found += [
-            Family("forward", True, ("none",), "bfloat16", dim, window=True) for dim in (128, 64)
+            Family("forward", True, ("none",), "bfloat16", dim, windows=1.0) for dim in (128, 64)
         ]
         found += [Family(*shape, "float32", dim) for dim in (64, 128) for shape in shapes[:7]]
     return [replace(family, alike=family.dtype == "float32" or not varlen) for family in found]
+
+
+def _windows(family: Family) -> float:
+    # Kernels read no more keys than a window holds, and masks hide the rest: both change a cost.
+    without = family.mode == "decode" or family.sides == ("packed",)
+    return 0.0 if without else _WINDOWS
 
 
 def workloads(
@@ -191,7 +201,7 @@ def _drawn(family: Family, limits: Limits, rng: np.random.Generator) -> Workload
         kv_heads=heads // group,
         head_dim=family.head_dim,
         sequences=sequences,
-        window=max(1, between(16, kv_len) - 1) if family.window else 0,
+        window=max(1, between(16, kv_len) - 1) if rng.random() < family.windows else 0,
         padding_share=float(rng.uniform(0.02, limits.max_padding_share)),
         spread="same"
         if rng.random() < 0.1 or family.alike
