@@ -34,7 +34,7 @@ logger = logging.getLogger("smartattn")
 #: "quick" to be over within 60 s on two CPU cores and within 30 s on a GPU.
 BUDGETS: Mapping[tuple[str, RunMode], float] = {
     ("cpu", "quick"): 30.0,
-    ("cuda", "quick"): 17.0,
+    ("cuda", "quick"): 15.0,
     ("cpu", "default"): 120.0,
     ("cuda", "default"): 102.0,
 }
