@@ -25,6 +25,7 @@ STACKS = frozenset(
         "afmoe.AfmoeModel",
         "albert.AlbertTransformer",
         "apertus.ApertusModel",
+        "apertus1p5.Apertus1p5TextModel",
         "arcee.ArceeModel",
         "aria.AriaTextModel",
         "axk1.AXK1Model",

@@ -109,6 +109,10 @@ def _sound(model: PreTrainedModel) -> Inputs:
     return {"input_values": noise(BATCH, SAMPLES)}
 
 
+def _channel(model: PreTrainedModel) -> Inputs:
+    return {"input_values": noise(BATCH, 1, SAMPLES)}
+
+
 def _mel_first(model: PreTrainedModel) -> Inputs:
     return {"input_features": noise(BATCH, MEL_BINS, FRAMES)}
 
@@ -150,6 +154,7 @@ INPUT_KINDS: tuple[InputKind, ...] = (
     _kind("mel to text", "input_features decoder_input_ids", _and_decoder(_mel_last), True),
     _kind("sound to text", "input_values decoder_input_ids", _and_decoder(_sound), True),
     _kind("sound", "input_values", _sound),
+    _kind("sound with a channel", "input_values", _channel),
     _kind("mel", "input_features", _mel_first),
     _kind("mel", "input_features", _mel_last),
     _kind("text and image", "input_ids pixel_values", _and_text(_image), with_tokens=True),

@@ -136,6 +136,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dia": {"delay_pattern": [0]},
     "dia_decoder": {"num_channels": 1},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots3_note_text": {
         "swa_num_attention_heads": HEADS,
         "swa_num_key_value_heads": HEADS,
@@ -158,6 +165,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl_text": {"rope_parameters": _MROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
@@ -177,6 +185,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
     "step3p5": {"sliding_window": WINDOW},
+    "wavtokenizer": {"codebook_dim": HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
