@@ -404,7 +404,7 @@ def test_memory_of_a_packed_batch() -> None:
     square_mib = total * total / 2**20
     assert results["sdpa"]["peak_mib"] > square_mib
     assert results["smart"]["peak_mib"] < square_mib / 2
-    assert results["backend"] in ("flash_attention_2", "flash_attention_3", "torch_varlen")
+    assert results["backend"] not in ("sdpa", "eager")
     assert _largest_error(outputs["smart"], outputs["sdpa"])[1] <= 4e-2
 
 
