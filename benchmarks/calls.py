@@ -321,11 +321,18 @@ class _Launches:
         self._launcher, self._calls = launcher, calls
 
     def __call__(
-        self, device: torch.device, kind: Any, grid: Any, arguments: Any, **options: int
+        self,
+        device: torch.device,
+        kind: Any,
+        grid: Any,
+        tensors: Any,
+        arguments: Any,
+        **options: int,
     ) -> None:
-        self._launcher(device, kind, grid, arguments, **options)
+        self._launcher(device, kind, grid, tensors, arguments, **options)
         built = self._launcher.built(device, kind)
-        self._calls.append(lambda: built[grid](*arguments))
+        # The tensors have to be there for as long as their addresses.
+        self._calls.append(lambda: (built[grid](*arguments), tensors))
 
 
 @contextlib.contextmanager

@@ -150,6 +150,9 @@ def run(command: str, models: Mapping[str, str]) -> Output:
         check=False,
     )
     text = done.stdout.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+    if elsewhere := os.environ.get("XDG_DATA_HOME"):
+        # A run that must not meet a user's own profiles has its data in another folder.
+        text = text.replace(elsewhere.rstrip("/"), "~/.local/share")
     return Output(text, done.returncode, time.perf_counter() - start)
 
 

@@ -268,10 +268,13 @@ def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
 
 
 def _attention_kernel(
-    device: torch.device, kind: Any, grid: Any, arguments: Any, **options: int
+    device: torch.device, kind: Any, grid: Any, tensors: Any, arguments: Any, **options: int
 ) -> None:
     """What the Triton kernel does with the same arguments; see ``triton_kernels``."""
-    query, key, value, output, table, scale, *numbers = arguments
+    query, key, value, output, table = tensors
+    assert arguments[:5] == tuple(one.data_ptr() for one in tensors)
+    assert all(address % 16 == 0 for address in arguments[:4])
+    scale, *numbers = arguments[5:]
     for i, states in enumerate((query, key, value)):
         assert states.stride() == (*(8 * n for n in numbers[3 * i : 3 * i + 3]), 1)
     sequences, q_len, heads, group, shift, left, right, rows, _, dim, width, windowed, stages = (

@@ -124,6 +124,13 @@ def test_flash_attn_2_alone_is_not_imported_for_it(install: Install) -> None:
         (None, MODULE.replace("v, softmax", "v, new, softmax"), True, SIGNATURE, AGAIN),
         (None, MODULE.replace("q, k, v", "k, q, v"), True, SIGNATURE, AGAIN),
         (
+            FLASH_2,
+            "import absent_cutlass",
+            False,
+            "flash-attn-4 is not installed, and flash_attn.cute is not its module",
+            INSTALL,
+        ),
+        (
             None,
             "import absent_cutlass",
             True,

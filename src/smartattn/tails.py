@@ -89,10 +89,11 @@ def _clear(values: torch.Tensor, bounds: torch.Tensor) -> None:
     # All strides at once are cheaper than one after the other.
     (token_stride, head_stride, _), (_, heads, dim) = values.stride(), values.shape
     facts = (token_stride, head_stride, heads, dim)
-    launch = _launch_of(*facts)
+    launch, address = _launch_of(*facts), values.data_ptr()
     _launcher(
         values.device,
-        (values.dtype, values.data_ptr() % 16 == 0, facts),
+        (values.dtype, address % 16 == 0, facts),
         (bounds.shape[0] // 2, *launch.programs),
-        (values, bounds, *launch.strides, *launch.sizes),
+        (values, bounds),
+        (address, bounds.data_ptr(), *launch.strides, *launch.sizes),
     )

@@ -15,7 +15,8 @@ _MOST = 1024
 class Launcher:
     """One kernel, and what Triton has built of it so far.
 
-    Triton's own way to a built kernel looks at every argument of every launch.
+    Triton's own way to a built kernel looks at every argument of every launch, and what was built
+    asks the driver about every tensor, but not about addresses.
 
     Args:
         kernel: the name of a function in ``smartattn.triton_kernels``, which is imported when the
@@ -34,6 +35,7 @@ class Launcher:
         device: torch.device,
         kind: Hashable,
         grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
         arguments: tuple[Any, ...],
         **options: int,
     ) -> None:
@@ -43,13 +45,14 @@ class Launcher:
             kind: what Triton builds kernels for, beside the device: dtypes, whether addresses are
                 multiples of 16, the constants, and of integers that it is not told to take as they
                 come the size, multiplicity and whether they are 1.
-            arguments: for all parameters of the kernel, in their order.
+            tensors: for the first parameters of the kernel.
+            arguments: for all of them in their order, with the addresses of those tensors.
             options: of a build, such as ``num_warps``.
         """
         if torch.cuda.current_device() == device.index:
-            return self._launch((device.index, kind), grid, arguments, options)
+            return self._launch((device.index, kind), grid, tensors, arguments, options)
         with torch.cuda.device(device):
-            return self._launch((device.index, kind), grid, arguments, options)
+            return self._launch((device.index, kind), grid, tensors, arguments, options)
 
     def built(self, device: torch.device, kind: Hashable) -> Any | None:
         """What Triton has built for a kind on a device, None if nothing has."""
@@ -59,6 +62,7 @@ class Launcher:
         self,
         kind: Hashable,
         grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
         arguments: tuple[Any, ...],
         options: dict[str, int],
     ) -> None:
@@ -67,8 +71,8 @@ class Launcher:
             try:
                 # Source: python/tutorials/02-fused-softmax.py of Triton.
                 built[grid](*arguments)
-            except (TypeError, OverflowError):
-                # The launcher of another version takes other arguments; or a stride needs 64 bits.
+            except TypeError:
+                # The launcher of another version takes other arguments.
                 self._built.clear()
                 self._direct = False
             else:
@@ -76,7 +80,8 @@ class Launcher:
         kernels = importlib.import_module("smartattn.triton_kernels")
         count = len(arguments) - len(self._constants)
         constants = dict(zip(self._constants, arguments[count:], strict=True))
-        built = getattr(kernels, self._kernel)[grid](*arguments[:count], **constants, **options)
+        given = (*tensors, *arguments[len(tensors) : count])
+        built = getattr(kernels, self._kernel)[grid](*given, **constants, **options)
         # An interpreter returns nothing.
         if self._direct and built is not None:
             if len(self._built) >= _MOST:

@@ -68,8 +68,10 @@ def _functions() -> tuple[Functions | None, str | None]:
         found = Functions(module.flash_attn_func, module.flash_attn_varlen_func)
         known = _takes(found.dense, _OPTIONS) and _takes(found.varlen, _OPTIONS | _SEQUENCES)
     except Exception as error:  # a broken build may raise anything
+        if versions("cuda").flash_attn_4 is None:
+            # flash-attn 2 brings an early version of the same module along.
+            return None, f"flash-attn-4 is not installed, and {_MODULE} is not its module"
         return None, f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}"
-    # flash-attn 2 brings an early version of the same module along.
     return (found, None) if known else (None, f"{_MODULE} has other signatures than are known")
 
 

@@ -28,6 +28,8 @@ _WARPS, _STAGES, _FEW_STAGES = 4, 3, 2
 _LARGE_HEAD = 128
 #: Blocks of a grid in its second and third dimension, at most.
 _MOST_BLOCKS = 65_535
+#: Strides from here on have an eighth of more than 31 bits.
+_FURTHEST = 2**34
 #: Further away than any key.
 _NO_BOUND = 2**30
 
@@ -85,6 +87,8 @@ class TritonVarlenBackend(Backend):
         sequences = 0 if plan.sequences is None else len(plan.sequences)
         if max(sequences, call.kv_heads) > _MOST_BLOCKS:
             reasons.append(f"takes up to {_MOST_BLOCKS:,} sequences and heads")
+        if call.heads * max(call.q_len, call.kv_len) * call.head_dim >= _FURTHEST:
+            reasons.append("takes no rows of so many elements")
         if call.scaling is not None and not call.scaling > 0.0:
             reasons.append(f"takes a scaling above 0, given {call.scaling}")
         if not reasons and call.device.type == "cuda" and torch.cuda.is_available():
@@ -132,32 +136,42 @@ def _bind(plan: Plan, call: Call) -> Runner:
     )
     rest = (sequences, call.q_len, call.heads, call.group_size, plan.shift, left, right, *constants)
     tiles = -(-bounds.longest * call.group_size // _ROWS)
-    grid, kind, table = (tiles, call.kv_heads, sequences), (dtype, _WARPS, *constants), bounds.table
+    grid, kind = (tiles, call.kv_heads, sequences), (dtype, _WARPS, *constants)
+    table, table_at = bounds.table, bounds.table.data_ptr()
 
     def run(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Mapping[str, Any]
     ) -> torch.Tensor:
-        query, q_strides = _aligned(query)
-        key, k_strides = _aligned(key)
-        value, v_strides = _aligned(value)
+        query, q_at, q_strides = _aligned(query)
+        key, k_at, k_strides = _aligned(key)
+        value, v_at, v_strides = _aligned(value)
         output = torch.empty(shape, dtype=dtype, device=device)
-        arguments = (
-            query, key, value, output, table, scale, *q_strides, *k_strides, *v_strides, *rest
-        )  # fmt: skip
-        _launch(device, kind, grid, arguments, num_warps=_WARPS, num_stages=constants[-1])
+        _launch(
+            device,
+            kind,
+            grid,
+            (query, key, value, output, table),
+            (q_at, k_at, v_at, output.data_ptr(), table_at, scale)
+            + (q_strides + k_strides + v_strides + rest),
+            num_warps=_WARPS,
+            num_stages=constants[-1],
+        )
         return output
 
     return run
 
 
-def _aligned(states: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """The tensor, or a copy, of which 16 bytes may be loaded at once; and its strides / 8.
+def _aligned(states: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, int, int]]:
+    """The tensor, or a copy, of which 16 bytes may be loaded at once, its address, strides / 8.
 
     Args:
         states: (batch, heads, length, dim).
     """
     batch, head, token, element = states.stride()
-    if element != 1 or (batch | head | token) % 8 or states.data_ptr() % 16:
+    address = states.data_ptr()
+    bits = batch | head | token
+    if element != 1 or bits % 8 or address % 16 or bits >= _FURTHEST:
         states = states.clone(memory_format=torch.contiguous_format)
         batch, head, token, _ = states.stride()
-    return states, (batch // 8, head // 8, token // 8)
+        address = states.data_ptr()
+    return states, address, (batch // 8, head // 8, token // 8)
