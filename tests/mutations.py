@@ -58,9 +58,52 @@ REFUSALS = ("tests/test_backends_matrix.py", "-k", "refus and not gpu")
 STACKS = ("tests/test_stack_fit.py", "-x", "-k", "not real_calibration")
 FIT = ("tests/test_fit.py", "-x")
 SPLITTING = ("tests/test_splitting.py", "-x")
+TRITON = ("tests/test_backends_matrix.py", "-k", "(float64 and triton and not gpu) or aligned")
 PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
+    Mutation(
+        "padding of a row is left unwritten",
+        "layouts.py",
+        "written = q_length if plan.is_packed else np.full_like(q_length, plan.q_len)",
+        "written = q_length",
+        TRITON,
+    ),
+    Mutation(
+        "the Triton kernel sees what comes after a query",
+        "backends/triton_varlen.py",
+        "        right = 0\n",
+        "        right = _NO_BOUND\n",
+        TRITON,
+    ),
+    Mutation(
+        "queries of other tokens than the keys are taken for padding",
+        "backends/triton_varlen.py",
+        "plan.sequence_bounds(packs_queries(plan, call))",
+        "plan.sequence_bounds(True)",
+        TRITON,
+    ),
+    Mutation(
+        "what lies anywhere is loaded 16 bytes at a time",
+        "backends/triton_varlen.py",
+        " or address % 16",
+        "",
+        TRITON,
+    ),
+    Mutation(
+        "rows that begin anywhere are loaded 16 bytes at a time",
+        "backends/triton_varlen.py",
+        " or bits % 8",
+        "",
+        TRITON,
+    ),
+    Mutation(
+        "heads of a group share the tiles of long sequences",
+        "backends/flash_attention_3.py",
+        "pack_gqa = False if _heads_apart(plan, call) else None",
+        "pack_gqa = None",
+        ("tests/test_backends_matrix.py", "-k", "stay_apart"),
+    ),
     Mutation(
         "padding read in place counts as keys",
         "layouts.py",

@@ -905,6 +905,30 @@ def test_flash_kernels_are_not_used_on_rocm(
     assert backend.unavailable() == "untested on ROCm, where its kernels ignore arguments"
 
 
+@pytest.mark.usefixtures("stand_in_kernels")
+@pytest.mark.parametrize("how", ["address", "stride", "last stride", "expanded"])
+def test_what_is_not_aligned_is_copied_for_triton(how: str) -> None:
+    """16 bytes are loaded at once; what can be read as it is, is."""
+    plan, (batch, heads, length, dim) = _plan(padding="left"), (2, 4, 8, 16)
+    call = Call(
+        CPU, torch.float32, batch, length, length, heads, heads, dim, dim, self_attention=True
+    )
+    query, key = torch.randn(2, batch, length, heads, dim).transpose(2, 3)
+    memory = torch.randn(batch * heads * length * (dim + 1) + 1)
+    value = {
+        "address": memory[1:].as_strided((batch, heads, length, dim), (512, 128, 16, 1)),
+        "stride": memory.as_strided((batch, heads, length, dim), (544, 136, 17, 1)),
+        "last stride": torch.randn(batch, heads, dim, length).mT,
+        "expanded": torch.randn(batch, 1, length, dim).expand(-1, heads, -1, -1),
+    }[how]
+    copied = triton_varlen._aligned(value)[0] is not value
+    assert copied == (how != "expanded")
+    backend = TritonVarlenStandIn()
+    output = backend.run(plan, call, query, key, value, {})
+    expected = backend.run(plan, call, query, key, value.contiguous(), {})
+    assert torch.equal(output, expected)
+
+
 @pytest.mark.parametrize(
     ("length", "kv_heads", "head_dim", "apart"),
     [(16384, 2, 64, True), (16384, 2, 128, False), (2048, 2, 64, False), (16384, 8, 64, False)],
