@@ -281,7 +281,7 @@ def _attention_kernel(
         numbers[9:]
     )
     assert query.shape[1:] == (heads, q_len, dim)
-    assert width in (dim, 1 << (dim - 1).bit_length(), 16)
+    assert width == max(16, 1 << (dim - 1).bit_length())
     assert options["num_stages"] == stages
     assert group == heads // key.shape[1]
     assert table.shape == (6, sequences)
@@ -903,6 +903,46 @@ def test_flash_kernels_are_not_used_on_rocm(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert backend.unavailable() == "untested on ROCm, where its kernels ignore arguments"
+
+
+@pytest.mark.parametrize(
+    ("capability", "change"),
+    [
+        ((7, 5), {}),
+        ((9, 0), {"dtype": torch.float32}),
+        ((9, 0), {"grad": True}),
+        ((9, 0), {"q_len": 1}),
+        ((9, 0), {}),
+    ],
+)
+def test_triton_builds_nothing_for_what_it_does_not_take(
+    capability: tuple[int, int], change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first build takes a second, and a C compiler."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(triton_varlen, "_broken", lambda device: asked.append(device) or "broken")
+    monkeypatch.setattr(base, "_capability", lambda device: capability)
+    call = replace(CASE.call(torch.device("cuda"), dtype=torch.bfloat16), **change)
+    plan = Plan(
+        call.batch, call.q_len, call.kv_len, Pattern.CAUSAL, CPU, shift=call.kv_len - call.q_len
+    )
+    backend = triton_varlen.TritonVarlenBackend()
+    reasons = backend.refusals(plan, call)
+    taken = capability == (9, 0) and not change
+    assert bool(asked) == taken
+    assert ("broken" in reasons) == taken
+    assert "broken" not in backend.refusals_elsewhere(plan, call, (9, 0))
+
+
+def test_triton_leaves_one_long_sequence_among_many_short_ones() -> None:
+    backend, plan = triton_varlen.TritonVarlenBackend(), None
+    for lengths, aside in (([30] * 20, False), ([600, *[1] * 30], True)):
+        starts = np.zeros((1, sum(lengths)), dtype=bool)
+        starts[0, np.cumsum([0, *lengths[:-1]])] = True
+        total = sum(lengths)
+        plan = Plan(1, total, total, Pattern.CAUSAL, CPU, packed=starts)
+        call = CASE.call(CPU, batch=1, q_len=total, kv_len=total)
+        assert (backend.set_aside(plan, call) is not None) == aside
 
 
 @pytest.mark.usefixtures("stand_in_kernels")

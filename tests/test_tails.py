@@ -41,7 +41,8 @@ class Triton:
         self.refuses = refuses
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def launch(*arguments: Any, TOKENS: int, ELEMENTS: int) -> Kernel:
+        def launch(*arguments: Any, TOKENS: int, ELEMENTS: int, enable_fp_fusion: bool) -> Kernel:
+            assert enable_fp_fusion
             kernel = Kernel(self.launched, self.refuses)
             self.launched.append(("jit", kernel, grid, (*arguments, TOKENS, ELEMENTS)))
             return kernel
@@ -152,6 +153,32 @@ def test_kernels_of_many_shapes_are_forgotten(
     assert len(tails._launcher._built) == 1
     tails._clear(values(heads=3), BOUNDS)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit", "built"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), NotImplementedError),
+        (RuntimeError("Failed to find C compiler"), NotImplementedError),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_what_triton_cannot_build_is_not_supported(
+    triton: Triton, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    """Such an error leaves the backend out; any other one would end the forward."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(
+        triton, "__class__", type("Failing", (Triton,), {"__getitem__": lambda *_: fail})
+    )
+    with pytest.raises(raised) as caught:
+        tails._clear(values(), BOUNDS)
+    assert type(caught.value) is raised
+    assert str(error.args[-1]) in str(caught.value)
 
 
 class Elsewhere:

@@ -189,6 +189,7 @@ def _drawn(family: Family, limits: Limits, rng: np.random.Generator) -> Workload
         sequences = between(2, max(2, min(256, kv_len // 16)))
     group = int(rng.choice([1, 1, 1, 4, 4, 8, 8, 16, 64]))
     heads = max(group, int(rng.choice([4, 8, 12, 16, 32])) // group * group)
+    windowed = family.windows > 0 and rng.random() < family.windows
     workload = Workload(
         mode=family.mode,
         causal=family.causal,
@@ -201,7 +202,7 @@ def _drawn(family: Family, limits: Limits, rng: np.random.Generator) -> Workload
         kv_heads=heads // group,
         head_dim=family.head_dim,
         sequences=sequences,
-        window=max(1, between(16, kv_len) - 1) if rng.random() < family.windows else 0,
+        window=max(1, between(16, kv_len) - 1) if windowed else 0,
         padding_share=float(rng.uniform(0.02, limits.max_padding_share)),
         spread="same"
         if rng.random() < 0.1 or family.alike

@@ -261,6 +261,8 @@ def _choose(
         wanted.add("dropout")
     if not query.dtype == key.dtype == value.dtype:
         wanted.add("mixed dtypes")
+    if not query.device == key.device == value.device:
+        wanted.add("mixed devices")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         wanted.add("broadcast batches")
     eager = _eager_function(module)

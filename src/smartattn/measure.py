@@ -43,13 +43,6 @@ _BUILT = 8
 #: Seconds of a first run above which kernels are built for the shape.
 _BUILDS = 0.01
 _GROUPS = list(FEATURES).index("groups")
-#: Backends that take sequences of all lengths in one kernel.
-_VARLEN = frozenset(
-    {
-        *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
-        *("torch_varlen", "triton_varlen"),
-    }
-)
 
 
 @dataclass
@@ -252,11 +245,16 @@ def measure(
     return list(found.values())
 
 
+def _takes_all_lengths(backend: Backend) -> bool:
+    """Whether one kernel takes sequences of all lengths."""
+    return backend.walks in ("sequences", "tokens")
+
+
 def takes_sequences(device: torch.device, backends: tuple[Backend, ...]) -> bool:
     """Whether one kernel takes sequences of several lengths here, in half precision on a GPU."""
     tiny = _tiny("forward", device)
     able = candidates(tiny.plan(device), tiny.call(device), backends, {})
-    return any(backend.name in _VARLEN for backend in able)
+    return any(map(_takes_all_lengths, able))
 
 
 def _tiny(mode: Mode, device: torch.device) -> Workload:
@@ -293,7 +291,7 @@ def candidates(
         and not backend.refusals(plan, call)
     ]
     able = [backend for backend in able if backend.set_aside(plan, call) is None] or able
-    if plan.device.type == "cuda" and any(b.name in _VARLEN for b in able):
+    if plan.device.type == "cuda" and any(map(_takes_all_lengths, able)):
         # Nearly every batch brings new lengths, and SDPA builds kernels for each of them: never
         # worth it beside a kernel that takes all lengths, and most of a calibration's time.
         able = [backend for backend in able if backend.name != "sdpa_unpadded"]

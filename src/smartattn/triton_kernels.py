@@ -124,9 +124,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             offset = tl.arange(0, KEYS)
             k_step, v_step = k_token.to(tl.int64) * 8, v_token.to(tl.int64) * 8
             # 64 bits for where a sequence begins alone: what each thread adds must be cheap.
-            k_at = key + row * k_row * 8 + kv_head * (k_head * 8) + begin * k_step
+            k_at = key + row * k_row * 8 + kv_head.to(tl.int64) * k_head * 8 + begin * k_step
             k_at += offset[None, :] * (k_token * 8) + element[:, None]
-            v_at = value + row * v_row * 8 + kv_head * (v_head * 8) + begin * v_step
+            v_at = value + row * v_row * 8 + kv_head.to(tl.int64) * v_head * 8 + begin * v_step
             v_at += offset[:, None] * (v_token * 8) + element[None, :]
             top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
             total = tl.zeros([ROWS], dtype=tl.float32)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .machine import one_line
+
 #: Kinds of launches that are remembered for each kernel.
 _MOST = 1024
 
@@ -48,6 +50,9 @@ class Launcher:
             tensors: for the first parameters of the kernel.
             arguments: for all of them in their order, with the addresses of those tensors.
             options: of a build, such as ``num_warps``.
+
+        Raises:
+            NotImplementedError: Triton cannot build the kernel here.
         """
         if torch.cuda.current_device() == device.index:
             return self._launch((device.index, kind), grid, tensors, arguments, options)
@@ -77,11 +82,21 @@ class Launcher:
                 self._direct = False
             else:
                 return
-        kernels = importlib.import_module("smartattn.triton_kernels")
         count = len(arguments) - len(self._constants)
         constants = dict(zip(self._constants, arguments[count:], strict=True))
         given = (*tensors, *arguments[len(tensors) : count])
-        built = getattr(kernels, self._kernel)[grid](*given, **constants, **options)
+        try:
+            kernels = importlib.import_module("smartattn.triton_kernels")
+            built = getattr(kernels, self._kernel)[grid](*given, **constants, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # No compiler, a full disk, too little shared memory: only what CUDA reports is no
+            # matter of the build.
+            if "CUDA" in str(error):
+                raise
+            said = one_line(f"{type(error).__name__}: {error}")
+            raise NotImplementedError(f"no Triton kernel can be built: {said}") from error
         # An interpreter returns nothing.
         if self._direct and built is not None:
             if len(self._built) >= _MOST:

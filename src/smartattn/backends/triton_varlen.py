@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
-from ..machine import one_line
 from ..packing import packs_queries, varlen_refusals
 from ..plan import Padding, Pattern, Plan
 from ..triton_launch import Launcher
@@ -28,6 +27,8 @@ _WARPS, _STAGES, _FEW_STAGES = 4, 3, 2
 _LARGE_HEAD = 128
 #: Blocks of a grid in its second and third dimension, at most.
 _MOST_BLOCKS = 65_535
+#: How many times as many blocks as have work a grid may have; no costs were measured beyond.
+_MOST_EMPTY = 8.0
 #: Strides from here on have an eighth of more than 31 bits.
 _FURTHEST = 2**34
 #: Further away than any key.
@@ -47,10 +48,8 @@ def _broken(device: torch.device) -> str | None:
     try:
         # No result is read back: layers ask, and they never wait for the device.
         _bind(plan, Call(device, states.dtype, 1, 1, 1, 1, 1, 64, 64))(states, states, states, {})
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton missing, no compiler, a read-only home: anything may come
-        return f"no Triton kernel can be built: {one_line(f'{type(error).__name__}: {error}')}"
+    except NotImplementedError as error:
+        return str(error)
     return None
 
 
@@ -78,6 +77,14 @@ class TritonVarlenBackend(Backend):
     def unavailable(self) -> str | None:
         return on_rocm()
 
+    def refusals(self, plan: Plan, call: Call) -> list[str]:
+        reasons = super().refusals(plan, call)
+        # Building takes a second: not for a call that it refuses anyway, or is not considered for.
+        if reasons or call.device.type != "cuda" or call.q_len == 1:
+            return reasons
+        reason = _broken(call.device)
+        return [reason] if reason else []
+
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)
         if 0 in (call.batch, call.q_len, call.kv_len):
@@ -91,9 +98,6 @@ class TritonVarlenBackend(Backend):
             reasons.append("takes no rows of so many elements")
         if call.scaling is not None and not call.scaling > 0.0:
             reasons.append(f"takes a scaling above 0, given {call.scaling}")
-        if not reasons and call.device.type == "cuda" and torch.cuda.is_available():
-            reason = _broken(call.device)
-            reasons += [reason] if reason else []
         return reasons
 
     def tile(self, plan: Plan, call: Call) -> tuple[int, int]:
@@ -101,11 +105,20 @@ class TritonVarlenBackend(Backend):
 
     def set_aside(self, plan: Plan, call: Call) -> str | None:
         if call.q_len == 1:
-            return "cuts no keys into parts, which one query per row needs"
+            return "does not split the keys of a single query"
+        if plan.is_packed and _emptiness(plan) > _MOST_EMPTY:
+            return "one sequence is so much longer than the others that most blocks would be empty"
         return super().set_aside(plan, call)
 
     def bind(self, plan: Plan, call: Call) -> Runner:
         return _bind(plan, call)
+
+
+def _emptiness(plan: Plan) -> float:
+    """Blocks of a grid that has room for the longest sequence, over those that have work."""
+    assert plan.sequences is not None
+    lengths = plan.sequences.q_length
+    return float(len(lengths) * lengths.max(initial=0) / max(1, lengths.sum()))
 
 
 def _keys(plan: Plan, call: Call) -> int:
@@ -155,6 +168,7 @@ def _bind(plan: Plan, call: Call) -> Runner:
             + (q_strides + k_strides + v_strides + rest),
             num_warps=_WARPS,
             num_stages=constants[-1],
+            enable_fp_fusion=True,
         )
         return output
 
