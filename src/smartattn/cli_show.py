@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_errors import UserError
-from .units import LEAD
+from .units import LEAD, TIMES_AS_FAST
 
 if TYPE_CHECKING:
     from .profile import Profile, Rule, Threshold, When, Winner
@@ -171,11 +171,14 @@ def _lead(winner: Winner) -> str:
 
 def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
     """Prints who wins from which key length on."""
+    thresholds = list(thresholds)
+    kinds = dict.fromkeys(one.ratio_of for one in thresholds if one.ratio_of is not None)
+    ratio = "".join(f" ({TIMES_AS_FAST[kind]}, at most)" for kind in kinds)
     table = Table(
         "call",
         "head dim",
         "padding",
-        "fastest from which key length on (times as fast as the next one, at most)",
+        "fastest from which key length on" + ratio,
         title="Thresholds, for 8 rows or packed sequences and 16 heads",
     )
     last = None
@@ -188,7 +191,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         if last is not None and group != last:
             table.add_section()
         winners = [
-            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner)}"
+            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner) if threshold.ratio_of else ''}"
             for winner in threshold.winners
         ]
         table.add_row(
@@ -200,4 +203,5 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
-        console.print(f"no number: less than {LEAD} times as fast", highlight=False)
+        if kinds:
+            console.print(f"no number: less than {LEAD} times as fast", highlight=False)

@@ -217,6 +217,17 @@ class Predictor:
             device_us=device_us if apart else None,
         )
 
+    def rest_us(self, plan: Plan, call: Call) -> float:
+        """Microseconds of the layer that makes a call, without the call; 0 if nothing is known."""
+        if self._surroundings is None:
+            return 0.0
+        return max(self._surroundings.rest_us(plan, call))
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether predictions are what calls add to their layers, of which something is known."""
+        return self._surroundings is not None
+
     def reach(self, backends: Collection[str], plan: Plan, call: Call) -> int | None:
         """The longest key length, in tokens, at which two of some backends are predicted.
 

@@ -26,7 +26,7 @@ from .record import brief
 from .stack_choice import KEEPS_PADDING, backend_refusal, pays
 from .target import Target, target_of
 from .units import format_us
-from .workload import WORDS, Side, Workload, as_padded
+from .workload import WORDS, Side, Workload, as_padded, usual_memory
 
 #: Most tokens of a batch, and of any other size, that are explained.
 MAX_TOKENS = 1 << 26
@@ -305,6 +305,7 @@ def explain(
         sequences=packed or 0,
         window=window or 0,
         padding_share=padding,
+        memory=usual_memory(mode, causal, place),
     )
     _check(workload)
     hidden = heads * head_dim if hidden is None else hidden
@@ -392,7 +393,8 @@ def _packs(
     if call.keep_padding_output:
         return False, KEEPS_PADDING
     packed = packed_plan(plan)
-    call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len)
+    # The cache is filled on the side: layers of a packed forward get their keys as they made them.
+    call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len, token_major_keys=True)
     try:
         backend = _choose(packed, call, target, settings).backend
     except UnsupportedCallError as error:
@@ -473,7 +475,8 @@ def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Wi
 
     lengths = [shortest]
     longest = min(_LONGEST, MAX_TOKENS // 8 // workload.batch)
-    while (following := round(lengths[-1] * 2 ** (1 / _STEPS))) <= longest:
+    # Powers of two among them, as in the crossover map.
+    while (following := round(shortest * 2 ** (len(lengths) / _STEPS))) <= longest:
         lengths.append(following)
     return tuple(_changes(chosen, lengths))
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 #: Ratios of two backends' times are printed from this one on: below it they are about as fast.
 LEAD = 1.05
+#: What such a ratio says, by what it is of, see :class:`~smartattn.profile.Threshold`.
+TIMES_AS_FAST = {
+    "layer": "how many times as fast a whole layer runs as with the next one",
+    "call": "how many times as fast as the next one",
+}
 
 
 def format_us(microseconds: float | None) -> str:
