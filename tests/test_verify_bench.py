@@ -148,7 +148,7 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
         assert name in out
     assert out.startswith("forward, 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
-    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: no"
+    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: no"
     assert said in out
     assert "part early" not in out
     assert "here" in out.splitlines()[-1]
@@ -299,12 +299,10 @@ def test_the_verdict_is_plain(found: bench.Benchmark, says: str) -> None:
 
 def test_padding_free_that_packs_nothing_is_not_what_pays() -> None:
     rows = (bench.Row("sdpa", [1.0] * 3), bench.Row("smart", [1.0] * 3))
-    padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward unpacked: small"])
+    padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward padded: small"])
     found = bench.Benchmark((*rows, padded), "cpu", "float32", 10, 10, 0, 0)
     assert "smart makes no difference" in found.verdict
-    said = (
-        "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: small"
-    )
+    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: small"
     assert found.padding_free == said
 
 

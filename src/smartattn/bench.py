@@ -66,7 +66,7 @@ class Row:
     equal_tokens: float | None = None
     #: Backends that ran when all batches ran once, with the number of calls: of smart's rows.
     ran: dict[str, int] = field(default_factory=dict)
-    #: What became of the batches under padding_free: "packed" or "unpacked", and why.
+    #: What became of the batches under padding_free: "packed" or "padded", and why.
     stacks: list[str] = field(default_factory=list)
     #: Whether padding_free took the padding out of any forward.
     packed: bool = False
@@ -389,7 +389,7 @@ def _first_runs(
     row.packed = any(stack.packed for stack in recorded.stacks)
     row.stacks = [
         f"ran {stack.calls} forward{'s' * (stack.calls != 1)} "
-        f"{'packed' if stack.packed else 'unpacked'}: {stack.reason}"
+        f"{'packed' if stack.packed else 'padded'}: {stack.reason}"
         for stack in recorded.stacks
     ]
     return outputs

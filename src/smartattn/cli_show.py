@@ -50,7 +50,7 @@ def show(
         return
     import torch
 
-    from .machine import identify, versions
+    from .machine import changed_since, identify, versions
     from .profile import find
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -67,8 +67,10 @@ def show(
         for phrase in looked_up.passed_over:
             console.print(f"  {escape(phrase)}", soft_wrap=True)
         if identity is not None and looked_up.profile.versions is not None:
-            for difference in looked_up.profile.versions.differences(versions(identity.kind)):
-                console.print(f"  measured with {escape(difference)}: calibrate again")
+            differences = looked_up.profile.versions.differences(versions(identity.kind))
+            if differences:
+                sentence = f"{changed_since(differences)}; smartattn calibrate measures again"
+                console.print(f"  {escape(sentence)}", soft_wrap=True)
         _print_profile(looked_up.profile, console, crossover or plot is not None, one.type)
         if plot is not None and looked_up.profile.costs and not drawn:
             drawn = True

@@ -14,7 +14,7 @@ import torch
 
 from . import profile as profiles
 from .backends import BACKENDS, Backend
-from .machine import driver_version, identify, versions
+from .machine import changed_since, driver_version, identify, versions
 from .measure import runner
 from .reference import error_of, expected
 from .workload import Workload
@@ -139,7 +139,8 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
     remarks = list(found.passed_over)
     if identity is not None and found.profile.versions is not None:
         differences = found.profile.versions.differences(versions(identity.kind))
-        remarks += [f"measured with {phrase}: smartattn calibrate" for phrase in differences]
+        if differences:
+            remarks.append(f"{changed_since(differences)}; smartattn calibrate measures again")
     remarks += [f"{b.name}: {why}" for b in backends if (why := b.handicap(device)) is not None]
     memory = None
     if device.type == "cuda":
