@@ -257,8 +257,22 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     cli.print_thresholds((one, one.model_copy(update={"alike": True})), Console())
     out = capsys.readouterr().out
     assert " 50% of each row " in out
+    assert '"of each row": all rows have as much padding' in out
+    assert "decode, one query per sequence, padding, float32" in out.replace("\n", "")
     assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
     assert "no number: less than 1.05 times as fast" in out
+    causal = {"mode": "forward", "causal": True}
+    for change, words in (
+        (causal, "forward, causal, padding on the left, float32"),
+        ({**causal, "layout": "right"}, "forward, causal, padding on the right, float32"),
+        ({**causal, "layout": "masked"}, "forward, causal, a window, no padding, float32"),
+        ({"mode": "train", "layout": "plain"}, "forward and backward, bidirectional, no padding, "),
+        ({"mode": "train", "layout": "packed"}, "bidirectional, packed sequences, float32"),
+    ):
+        cli.print_thresholds((one.model_copy(update=change),), Console(width=200))
+        out = capsys.readouterr().out
+        assert words in out
+        assert "of each row" not in out
     # Ratios of before are of what calls add to their layers, which says little of any time.
     cli.print_thresholds((one.model_copy(update={"ratio_of": None}),), Console())
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_errors import UserError
-from .units import LEAD, TIMES_AS_FAST
+from .units import LAYOUTS, LEAD, TIMES_AS_FAST, in_words
 
 if TYPE_CHECKING:
     from .profile import Profile, Rule, Threshold, When, Winner
@@ -185,10 +185,10 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
     )
     last = None
     for threshold in thresholds:
-        pattern = (
-            "" if threshold.mode == "decode" else " causal" if threshold.causal else " both ways"
-        )
-        call = f"{threshold.mode}{pattern}, {threshold.layout}, {threshold.dtype}"
+        padding = LAYOUTS[threshold.layout]
+        if threshold.causal and threshold.layout == "padded":
+            padding += " on the left"
+        call = f"{in_words(threshold.mode, threshold.causal, padding)}, {threshold.dtype}"
         group = (call, threshold.head_dim)
         if last is not None and group != last:
             table.add_section()
@@ -205,5 +205,12 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
+        if any(one.alike for one in thresholds):
+            console.print(
+                '"of each row": all rows have as much padding; of rows of several lengths only one '
+                "backend that was measured is considered, so that nothing is decided by time",
+                soft_wrap=True,
+                highlight=False,
+            )
         if kinds:
             console.print(f"no number: less than {LEAD} times as fast", highlight=False)

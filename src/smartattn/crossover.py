@@ -17,20 +17,20 @@ from .cost import Predictor
 from .features import Mode, Regime, regime_of
 from .profile import Profile, RatioOf
 from .thresholds import predictions, speedup
-from .units import LEAD, TIMES_AS_FAST
+from .units import LEAD, TIMES_AS_FAST, in_words
 from .workload import Side, Workload, as_padded, usual_memory
 
 #: Padded lengths and shares of padding of a map, as far as something was measured there.
 LENGTHS = tuple(2**exponent for exponent in range(5, 17))
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
-#: The kinds of call that get a map: mode, causal or not, side of the padding, and in words.
-KINDS: tuple[tuple[Mode, bool, Side, str], ...] = (
-    ("forward", False, "right", "forward, bidirectional"),
-    ("forward", True, "left", "forward, causal, padding on the left"),
-    ("forward", True, "right", "forward, causal, padding on the right"),
-    ("decode", False, "left", "decode, one query per sequence"),
-    ("train", False, "right", "forward and backward, bidirectional"),
-    ("train", True, "right", "forward and backward, causal, padding on the right"),
+#: The kinds of call that get a map: mode, causal or not, side of the padding.
+KINDS: tuple[tuple[Mode, bool, Side], ...] = (
+    ("forward", False, "right"),
+    ("forward", True, "left"),
+    ("forward", True, "right"),
+    ("decode", False, "left"),
+    ("train", False, "right"),
+    ("train", True, "right"),
 )
 BATCH, HEADS = 16, 16
 #: Colours of backends in the order in which they win most, for plots and for terminals.
@@ -92,7 +92,8 @@ def maps(profile: Profile) -> list[Map]:
         kind = _kind(cost.regime)
         longest[kind] = max(longest[kind], cost.longest_kv_len)
     found = []
-    for mode, causal, side, words in KINDS:
+    for mode, causal, side in KINDS:
+        words = in_words(mode, causal, f"padding on the {side}" if causal else "")
         title = f"{words}; batch {BATCH}, {HEADS} heads of {head_dim}, {dtype}"
         cells = tuple(
             tuple(

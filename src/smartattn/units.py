@@ -11,6 +11,34 @@ TIMES_AS_FAST = {
 }
 
 
+def in_words(mode: str, causal: bool, padding: str = "") -> str:
+    """A kind of call as thresholds, maps and pages print it.
+
+    Args:
+        padding: what is said of it, see :data:`LAYOUTS`; "" for nothing.
+    """
+    words = MODES[mode]
+    if mode != "decode":
+        words += ", causal" if causal else ", bidirectional"
+    return f"{words}, {padding}" if padding else words
+
+
+#: Modes and layouts of :class:`~smartattn.features.Regime` in words. What is only "padding" lies on
+#: the left of causal calls, where the right has a name of its own, and anywhere otherwise.
+MODES = {
+    "forward": "forward",
+    "decode": "decode, one query per sequence",
+    "train": "forward and backward",
+}
+LAYOUTS = {
+    "plain": "no padding",
+    "right": "padding on the right",
+    "padded": "padding",
+    "masked": "a window, no padding",
+    "packed": "packed sequences",
+}
+
+
 def format_us(microseconds: float | None) -> str:
     """A time with three digits and its unit; "-" for None."""
     if microseconds is None:
