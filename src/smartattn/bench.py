@@ -177,6 +177,11 @@ class Benchmark:
     #: (rows, tokens per row, padding included) of each batch.
     shapes: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def rounds(self) -> int:
+        """Rounds that were measured."""
+        return max((len(row.seconds) for row in self.rows), default=0)
+
     def tokens_per_second(self, row: Row) -> float | None:
         """Real or generated tokens per second."""
         return None if not row.median else self.tokens / row.median
@@ -205,8 +210,7 @@ class Benchmark:
             if packed.faster and (_Pair(free, smart).faster or not alone.faster):
                 return (
                     f"smart with padding_free pays here: it {packed.words} {name}, the best of the "
-                    "others; smart alone "
-                    + (f"{alone.words} {name}" if alone.tells else "makes no difference")
+                    f"others; {_beside(alone, name)}"
                 )
         if alone.faster:
             return f"smart pays here: it {alone.words} {name}, the best of the others"
@@ -275,6 +279,15 @@ class Benchmark:
     def _best(self) -> Row | None:
         ran = [row for row in self.rows if row.implementation not in _OURS and row.median]
         return min(ran, key=lambda row: row.median or 0.0, default=None)
+
+
+def _beside(alone: _Pair, name: str) -> str:
+    """What is said of smart alone where padding_free is what pays."""
+    if alone.tells:
+        return f"smart alone {alone.words} {name}"
+    if alone.vague:
+        return f"whether smart alone pays cannot be told: {alone.unsettled}"
+    return "smart alone makes no difference"
 
 
 def bench(
