@@ -181,6 +181,11 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
         ((), "none at every length"),
         (((0, "a", False), (9, "b", False)), "a, from 9 tokens b"),
         (((0, "a", True), (9, "b", True)), "a, from 9 tokens b"),
+        (((0, "a", True), (257, "b", True)), "a, from 257 tokens b"),
+        (
+            ((0, "a", False), (58253, "b", True)),
+            "a, from about 58,000 tokens b by a rule (not measured)",
+        ),
         (
             ((0, "a", False), (9, "b", False), (4000, "b", True)),
             "a, from 9 tokens b (from about 4,000 on by a rule, not measured)",
@@ -223,9 +228,7 @@ def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -
     text = str(step)
     assert step.idle_us is not None
     idle = format_us(step.idle_us)
-    assert (
-        f"leaves the device idle for {idle}; a call that keeps the device busy for longer" in text
-    )
+    assert f"leaves the device idle for {idle}: of a call's device time only what goes" in text
     # What is prepared once per forward comes on top.
     assert chosen.predicted_us >= max(chosen.host_us, chosen.device_us - step.idle_us)
     assert f"predicted to add {row[1]} to a layer that waits for the host" in step.reason

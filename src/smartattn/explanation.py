@@ -117,7 +117,7 @@ class Explanation:
             list(run) for _, run in itertools.groupby(self.winners, lambda winner: winner.backend)
         ] or [[Winner(0, "none")]]
         phrases = [
-            (f"from {_start(run[0])} tokens " if place else "")
+            (f"from {_start(run[0], some)} tokens " if place else "")
             + run[0].backend
             + " at every length" * (len(runs) == 1)
             + (_by_rules(run) if some else "")
@@ -194,8 +194,8 @@ class Explanation:
             other = "device" if self.waits_for == "host" else "host"
             captions = [
                 "adds to layer: by how much one call lengthens its layer; this ranks the backends",
-                f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}; "
-                f"a call that keeps the {other} busy for longer adds the difference",
+                f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}: "
+                f"of a call's {other} time only what goes beyond that adds",
                 f"  {share} is in it",
             ]
         elif self._apart:
@@ -537,13 +537,15 @@ def _by_rules(run: Sequence[Winner]) -> str:
     for winner, after in itertools.zip_longest(run, run[1:]):
         if not winner.by_rule:
             continue
-        start = f"from {_start(winner)} " if winner is not run[0] else "up "
+        start = f"from {_start(winner, True)} " if winner is not run[0] else "up "
         spans.append(start + ("on" if after is None else f"to {_about(after.from_seq_len - 1)}"))
     return f" ({', '.join(spans)} by a rule, not measured)" if spans else ""
 
 
-def _start(winner: Winner) -> str:
-    return _about(winner.from_seq_len) if winner.by_rule else f"{winner.from_seq_len:,}"
+def _start(winner: Winner, some: bool) -> str:
+    """Where a winner begins; a rule beside ``some`` predictions begins about where these end."""
+    about = winner.by_rule and some
+    return _about(winner.from_seq_len) if about else f"{winner.from_seq_len:,}"
 
 
 def _about(length: int) -> str:
