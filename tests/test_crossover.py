@@ -109,6 +109,36 @@ def test_the_map_says_what_explain_says(name: str) -> None:
     assert asked > 50
 
 
+@pytest.mark.parametrize("name", ["nvidia-h200", "cpu-amd-epyc-2-threads"])
+def test_thresholds_say_what_explain_says(name: str) -> None:
+    path = profile.shipped_profiles() / f"{name}.json"
+    shipped = profile.load(path)
+    profile.set_profile(path)
+    asked = 0
+    try:
+        for one in shipped.thresholds:
+            if one.head_dim != 64 or one.padding_share not in (0.0, 0.5) or one.alike:
+                continue
+            if one.layout not in ("plain", "right", "padded"):
+                continue
+            given: dict[str, Any] = {"causal": one.causal, "padding": one.padding_share}
+            given |= {"grad": one.mode == "train", "decode": one.mode == "decode"}
+            left = one.mode == "decode" or (one.causal and one.layout == "padded")
+            given["side"] = "left" if left else "right"
+            answer = explain(
+                batch=8, seq_len=512, heads=16, head_dim=64, dtype=one.dtype,
+                device=str(shipped.device), **given,
+            )  # fmt: skip
+            for length in crossover.LENGTHS[: crossover.LENGTHS.index(512)]:
+                (*_, winner) = [w for w in one.winners if w.from_kv_len <= length]
+                (*_, other) = [w for w in answer.winners if w.from_seq_len <= length]
+                asked += 1
+                assert winner.backend == other.backend, (one.mode, one.layout, one.dtype, length)
+    finally:
+        profile.set_profile(None)
+    assert asked > 20
+
+
 def test_a_map_has_the_padding_that_it_names() -> None:
     for share in crossover.SHARES[1:]:
         made = as_padded(Workload(

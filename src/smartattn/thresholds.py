@@ -110,7 +110,9 @@ def speedup(
 
 
 def _usual(regime: Regime, share: float) -> Workload:
-    sides: dict[str, Side] = {"right": "right", "padded": "left", "packed": "packed"}
+    # As in maps: an encoder's tokenizer pads on the right.
+    anywhere: Side = "left" if regime.causal or regime.mode == "decode" else "right"
+    sides: dict[str, Side] = {"right": "right", "padded": anywhere, "packed": "packed"}
     packed = regime.layout == "packed"
     side = sides.get(regime.layout, "none")
     return Workload(
