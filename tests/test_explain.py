@@ -449,6 +449,21 @@ def test_the_command_prints_a_table_or_json(
     )
 
 
+def test_changed_versions_are_told_in_the_same_words_everywhere(
+    crossing: profile.Profile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = crossing.model_copy(update={"versions": machine.Versions(torch="1.0")})
+    profile.save_for_user(made)
+    profile.set_profile(None)
+    now = machine.versions("cpu")
+    sentence = machine.changed_since(machine.Versions(torch="1.0").differences(now))
+    assert f"measured: torch 1.0 then, {now.torch} now, " in sentence
+    assert sentence in explain(seq_len=64, device="cpu", **SIZES).lines()
+    for command in ("show", "doctor"):
+        assert cli.run([command]) == 0
+        assert sentence in capsys.readouterr().out
+
+
 def test_a_device_of_this_machine_by_its_name(crossing: profile.Profile) -> None:
     profile.save_for_user(crossing)
     answer = explain(seq_len=64, device=str(crossing.device), **SIZES)

@@ -69,8 +69,7 @@ def show(
         if identity is not None and looked_up.profile.versions is not None:
             differences = looked_up.profile.versions.differences(versions(identity.kind))
             if differences:
-                sentence = f"{changed_since(differences)}; smartattn calibrate measures again"
-                console.print(f"  {escape(sentence)}", soft_wrap=True)
+                console.print(f"  {escape(changed_since(differences))}", soft_wrap=True)
         _print_profile(looked_up.profile, console, crossover or plot is not None, one.type)
         if plot is not None and looked_up.profile.costs and not drawn:
             drawn = True

@@ -140,7 +140,7 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
     if identity is not None and found.profile.versions is not None:
         differences = found.profile.versions.differences(versions(identity.kind))
         if differences:
-            remarks.append(f"{changed_since(differences)}; smartattn calibrate measures again")
+            remarks.append(changed_since(differences))
     remarks += [f"{b.name}: {why}" for b in backends if (why := b.handicap(device)) is not None]
     memory = None
     if device.type == "cuda":

@@ -89,7 +89,10 @@ class Versions(Record):
 
 def changed_since(differences: Iterable[str]) -> str:
     """The sentence about :meth:`Versions.differences`."""
-    return f"changed since the profile was measured: {', '.join(differences)}"
+    return (
+        f"changed since the profile was measured: {', '.join(differences)}; smartattn calibrate "
+        "measures again"
+    )
 
 
 #: Fields that are unknown, rather than absent, where a profile has none.

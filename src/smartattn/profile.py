@@ -21,7 +21,17 @@ from .cost import BackendName, Cost, Estimate, Predictor
 from .features import Layout, Mode
 from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
-from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
+from .machine import (
+    PLAIN,
+    Device,
+    Line,
+    Record,
+    Versions,
+    changed_since,
+    identify,
+    one_line,
+    versions,
+)
 from .plan import Plan
 from .stack_rule import StackRule
 from .surroundings import Surroundings
@@ -516,10 +526,5 @@ def _look_up(device: torch.device) -> Profile:
     if found.profile.versions is not None and found.profile.device is not None:
         differences = found.profile.versions.differences(versions(found.profile.device.kind))
         if differences:
-            logger.info(
-                "profile %s was measured with other versions (%s): "
-                "run `smartattn calibrate` to measure again",
-                found.profile.name,
-                ", ".join(differences),
-            )
+            logger.info("profile %s: %s", found.profile.name, changed_since(differences))
     return found.profile
