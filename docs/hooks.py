@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,18 @@ def crossovers(name: str) -> str:
     """Who is fastest from which length on, by call and padding, as a Markdown table."""
     profile = json.loads((ROOT / "calibration" / "profiles" / f"{name}.json").read_text())
     lines = [
-        "| call | layout | head dim | padding | fastest, by key length |",
-        "|---|---|---|---|---|",
+        "| call | head dim | padding | fastest, by key length |",
+        "|---|---|---|---|",
     ]
+    # By its path: no package is installed where the pages are made.
+    words = runpy.run_path(str(ROOT / "src" / "smartattn" / "units.py"))
     for threshold in profile.get("thresholds", []):
         if threshold["dtype"] != "bfloat16" or threshold["head_dim"] not in SHOWN_HEAD_DIMS:
             continue
-        pattern = "" if threshold["mode"] == "decode" else " causal"
-        if not threshold["causal"] and threshold["mode"] != "decode":
-            pattern = " both ways"
+        padding = words["LAYOUTS"][threshold["layout"]]
+        if threshold["causal"] and threshold["layout"] == "padded":
+            padding += " on the left"
+        call = words["in_words"](threshold["mode"], threshold["causal"], padding)
         winners = [
             f"`{winner['backend']}`"
             if place == 0
@@ -114,7 +118,7 @@ def crossovers(name: str) -> str:
             for place, winner in enumerate(threshold["winners"])
         ]
         lines.append(
-            f"| {threshold['mode']}{pattern} | {threshold['layout']} | {threshold['head_dim']} "
+            f"| {call} | {threshold['head_dim']} "
             f"| {threshold['padding_share']:.0%} | {', '.join(winners)} |"
         )
     device = profile["device"]["name"]

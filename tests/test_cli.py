@@ -252,13 +252,32 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     )
     one = profile.Threshold(
         mode="decode", layout="padded", causal=False, dtype="float32", head_dim=64, batch=8,
-        heads=16, kv_heads=16, padding_share=0.5, winners=winners,
+        heads=16, kv_heads=16, padding_share=0.5, winners=winners, ratio_of="call",
     )  # fmt: skip
     cli.print_thresholds((one, one.model_copy(update={"alike": True})), Console())
     out = capsys.readouterr().out
     assert " 50% of each row " in out
+    assert '"of each row": all rows have as much padding' in out
+    assert "decode, one query per sequence, padding, float32" in out.replace("\n", "")
     assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
     assert "no number: less than 1.05 times as fast" in out
+    causal = {"mode": "forward", "causal": True}
+    for change, words in (
+        (causal, "forward, causal, padding on the left, float32"),
+        ({**causal, "layout": "right"}, "forward, causal, padding on the right, float32"),
+        ({**causal, "layout": "masked"}, "forward, causal, a window, no padding, float32"),
+        ({"mode": "train", "layout": "plain"}, "forward and backward, bidirectional, no padding, "),
+        ({"mode": "train", "layout": "packed"}, "bidirectional, packed sequences, float32"),
+    ):
+        cli.print_thresholds((one.model_copy(update=change),), Console(width=200))
+        out = capsys.readouterr().out
+        assert words in out
+        assert "of each row" not in out
+    # Ratios of before are of what calls add to their layers, which says little of any time.
+    cli.print_thresholds((one.model_copy(update={"ratio_of": None}),), Console())
+    out = capsys.readouterr().out
+    assert "32: sdpa, 1,536: sdpa, 4,096: sdpa, 8,192: sdpa " in out
+    assert "times as fast" not in out
 
 
 @pytest.mark.parametrize(
@@ -406,7 +425,9 @@ def test_a_profile_moves_from_machine_to_machine(
     assert cli.run(["profiles", "import", str(sent / "nvidia-h200.json"), "--force"]) == 0
     assert profile.find(shipped.device).profile == shipped
     assert cli.run(["profiles", "show", "nvidia-h200", "--map"]) == 0
-    assert "times as fast as the next one" in capsys.readouterr().out
+    assert "how many times as fast a whole layer runs as with the next one" in (
+        capsys.readouterr().out
+    )
     assert cli.run(["profiles", "remove", "nvidia-h200"]) == 0
     assert not list(profile.user_profiles().glob("*.json"))
     assert profile.find(shipped.device).profile == shipped

@@ -15,9 +15,11 @@ from rich.console import Console
 from smartattn import crossover, profile
 from smartattn.backends import BACKENDS
 from smartattn.cost import Cost
+from smartattn.explanation import explain
 from smartattn.machine import Device
 from smartattn.profile import Profile
-from smartattn.workload import Workload
+from smartattn.surroundings import Surroundings
+from smartattn.workload import Workload, as_padded
 
 CUDA = torch.device("cuda")
 
@@ -58,14 +60,112 @@ def test_the_map_is_what_the_profile_predicts() -> None:
     assert one.shares == crossover.SHARES[1:]
     for share, row in zip(one.shares, one.cells, strict=True):
         for length, cell in zip(one.lengths, row, strict=True):
-            workload = Workload(
+            workload = as_padded(Workload(
                 "forward", False, "right", "bfloat16", 16, length, length, 16, 16, 64, 0, 0, share
-            )
+            ))  # fmt: skip
             plan, call = workload.plan(torch.device("cpu")), workload.call(torch.device("cpu"))
             times = {n: MADE.predict(n, plan, call) or 0.0 for n in ("sdpa", "torch_varlen")}
             assert cell is not None
             assert times[cell.backend] == min(times.values())
             assert cell.speedup == pytest.approx(max(times.values()) / min(times.values()))
+
+
+#: How ``explain`` is asked for the calls of a map, by the beginning of its title.
+ASKED: dict[str, dict[str, Any]] = {
+    "forward, bidirectional": {"side": "right"},
+    "forward, causal, padding on the left": {"causal": True, "side": "left"},
+    "forward, causal, padding on the right": {"causal": True, "side": "right"},
+    "decode": {"decode": True},
+    "forward and backward, bidirectional": {"grad": True},
+    "forward and backward, causal": {"grad": True, "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", ["nvidia-h200", "cpu-amd-epyc-2-threads"])
+def test_the_map_says_what_explain_says(name: str) -> None:
+    """Of the same call, at every length: padding, and where keys lie, are the same."""
+    path = profile.shipped_profiles() / f"{name}.json"
+    shipped = profile.load(path)
+    profile.set_profile(path)
+    asked = 0
+    try:
+        for one in crossover.maps(shipped):
+            given = next(given for words, given in ASKED.items() if one.title.startswith(words))
+            head_dim, dtype = one.title.split(" of ")[1].split("; ")[0].split(", ")
+            for share in (0.1, 0.5, 0.9):
+                answer = explain(
+                    batch=16, seq_len=512, heads=16, head_dim=int(head_dim), dtype=dtype,
+                    padding=share, device=str(shipped.device), **given,
+                )  # fmt: skip
+                for length, cell in zip(
+                    one.lengths, one.cells[one.shares.index(share)], strict=True
+                ):
+                    before = [w for w in answer.winners if w.from_seq_len <= length]
+                    if cell is not None and cell.speedup is not None:
+                        asked += 1
+                        assert before[-1].backend == cell.backend, (one.title, share, length)
+    finally:
+        profile.set_profile(None)
+    assert asked > 50
+
+
+@pytest.mark.parametrize("name", ["nvidia-h200", "cpu-amd-epyc-2-threads"])
+def test_thresholds_say_what_explain_says(name: str) -> None:
+    path = profile.shipped_profiles() / f"{name}.json"
+    shipped = profile.load(path)
+    profile.set_profile(path)
+    asked = 0
+    try:
+        for one in shipped.thresholds:
+            if one.head_dim != 64 or one.padding_share not in (0.0, 0.5) or one.alike:
+                continue
+            if one.layout not in ("plain", "right", "padded"):
+                continue
+            given: dict[str, Any] = {"causal": one.causal, "padding": one.padding_share}
+            given |= {"grad": one.mode == "train", "decode": one.mode == "decode"}
+            left = one.mode == "decode" or (one.causal and one.layout == "padded")
+            given["side"] = "left" if left else "right"
+            answer = explain(
+                batch=8, seq_len=512, heads=16, head_dim=64, dtype=one.dtype,
+                device=str(shipped.device), **given,
+            )  # fmt: skip
+            for length in crossover.LENGTHS[: crossover.LENGTHS.index(512)]:
+                (*_, winner) = [w for w in one.winners if w.from_kv_len <= length]
+                (*_, other) = [w for w in answer.winners if w.from_seq_len <= length]
+                asked += 1
+                assert winner.backend == other.backend, (one.mode, one.layout, one.dtype, length)
+    finally:
+        profile.set_profile(None)
+    assert asked > 20
+
+
+def test_a_map_has_the_padding_that_it_names() -> None:
+    for share in crossover.SHARES[1:]:
+        made = as_padded(Workload(
+            "forward", True, "left", "float32", 16, 512, 512, 16, 16, 64, 0, 0, share
+        ))  # fmt: skip
+        assert made.plan(torch.device("cpu")).padding_share == pytest.approx(share, abs=0.01)
+
+
+def test_a_call_that_its_layer_hides_is_not_many_times_as_fast() -> None:
+    """One adds next to nothing to a layer of 800 us, the other 9 us: 90 times as much."""
+    around = Surroundings(host_us=2000.0, flops_per_us=1e9, bytes_per_us=1e9)
+    costs = (cost("sdpa", {"call": 809.0}), cost("torch_varlen", {"call": 800.1}))
+    (alone,) = crossover.maps(Profile(name="made", costs=costs))
+    (inside,) = crossover.maps(Profile(name="made", costs=costs, surroundings=around))
+    assert (alone.ratio_of, inside.ratio_of) == ("call", "layer")
+    for row in inside.cells:
+        for cell in row:
+            assert cell is not None
+            assert cell.speedup is not None
+            assert 1.0 < cell.speedup < 1.02
+    for found, says in (
+        (alone, "how many times as fast as the next one"),
+        (inside, "a whole layer runs"),
+    ):
+        console = Console(record=True, width=120, file=io.StringIO())
+        crossover.show([found], console)
+        assert says in console.export_text()
 
 
 def test_a_map_ends_at_the_longest_length_measured_of_its_kind() -> None:

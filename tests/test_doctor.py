@@ -182,7 +182,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert json.loads(capsys.readouterr().out)["healthy"] is True
 
     broken = doctor.examine([altered(lambda out: -out)])
-    monkeypatch.setattr(doctor, "examine", lambda: broken)
+    monkeypatch.setattr(doctor, "examine", lambda seconds: broken)
     assert cli.run(["doctor"]) == 1
     assert "wrong output" in capsys.readouterr().out
     assert cli.run(["doctor", "--json"]) == 1
@@ -218,22 +218,51 @@ def test_tests_that_time_was_too_short_for_are_said(
     report, whole = doctor.examine(seconds=0.0), doctor.examine(seconds=60.0)
     assert report.devices[-1].reached == 0
     assert report.devices[-1].cases == total
-    monkeypatch.setattr(doctor, "examine", lambda: report)
+    monkeypatch.setattr(doctor, "examine", lambda seconds: report)
     assert cli.run(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"enough for 0 of {total} kinds of calls" in out
+    assert f"enough for 0 of {total} calls: none of padded forwards, decoding" in out
     assert "in the calls that were tried" in out
     assert whole.devices[-1].reached == total
-    monkeypatch.setattr(doctor, "examine", lambda: whole)
+    monkeypatch.setattr(doctor, "examine", lambda seconds: whole)
     assert cli.run(["doctor"]) == 0
-    assert "kinds of calls" not in capsys.readouterr().out
+    assert "Tested for" not in capsys.readouterr().out
 
 
-def test_every_kind_of_call_is_tried_in_each_dtype_before_the_next() -> None:
-    found = doctor.cases("cuda")
-    assert [case.dtype for case in found[:3]] == ["bfloat16", "float32", "float16"]
-    assert len({(case.side, case.kv_len) for case in found[:3]}) == 1
-    assert len(found) == 27
+def test_one_of_each_kind_of_call_comes_before_a_second_of_any() -> None:
+    for kind, dtypes in (("cuda", 3), ("cpu", 2)):
+        found = doctor.cases(kind)
+        assert len(found) == len(set(found)) == 9 * dtypes
+        words = [doctor._kind(case) for case in found]
+        kinds = len(set(words))
+        assert kinds == 6
+        for number in range(dtypes):
+            part = slice(number * kinds, (number + 1) * kinds)
+            assert len(set(words[part])) == kinds
+            assert len({case.dtype for case in found[part]}) == 1
+        assert len({case.dtype for case in found[: dtypes * kinds]}) == dtypes
+
+
+def test_what_was_not_reached_is_named_and_more_time_can_be_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = doctor.cases("cpu")
+    names = ("decoding", "training", "packed sequences", "windows", "forwards without padding")
+    assert doctor._unreached(found, 1) == names
+    assert doctor._unreached(found, 3) == names[2:]
+    assert doctor._unreached(found, len(names) + 1) == ()
+    asked: list[float] = []
+    report = doctor.examine(seconds=0.0)
+
+    def examine(seconds: float) -> doctor.Report:
+        asked.append(seconds)
+        return report
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert cli.run(["doctor"]) == 0
+    assert f": none of padded forwards, {', '.join(names)}; --seconds" in capsys.readouterr().out
+    assert cli.run(["doctor", "--seconds", "30"]) == 0
+    assert asked == [doctor.SECONDS, 30.0]
 
 
 def test_the_versions_of_all_flash_attentions_are_printed(

@@ -158,6 +158,9 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
     assert (first.backend, first.by_rule, second.by_rule) == ("sdpa_unpadded", False, True)
     assert second.from_seq_len == pytest.approx(64_000, rel=1 / 32)
     assert within.crossovers.endswith(f"tokens {second.backend} by a rule (not measured)")
+    assert "from about 6" in within.crossovers, "64 times what happened to be measured"
+    assert "extrapolated: beyond the 1,000 tokens measured" in within.lines()
+    assert "extrapolated" not in str(explain(seq_len=1000, **request))
     beyond = explain(seq_len=100_000, **request)
     assert beyond.options[0].predicted_us is None
     assert beyond.rows()[0][-1] == "chosen; not measured"
@@ -178,9 +181,14 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
         ((), "none at every length"),
         (((0, "a", False), (9, "b", False)), "a, from 9 tokens b"),
         (((0, "a", True), (9, "b", True)), "a, from 9 tokens b"),
+        (((0, "a", True), (257, "b", True)), "a, from 257 tokens b"),
+        (
+            ((0, "a", False), (58253, "b", True)),
+            "a, from about 58,000 tokens b by a rule (not measured)",
+        ),
         (
             ((0, "a", False), (9, "b", False), (4000, "b", True)),
-            "a, from 9 tokens b (from 4,000 on by a rule, not measured)",
+            "a, from 9 tokens b (from about 4,000 on by a rule, not measured)",
         ),
         (
             ((0, "a", False), (9, "a", True)),
@@ -188,7 +196,8 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
         ),
         (
             ((0, "a", True), (9, "a", False), (4000, "b", True)),
-            "a (up to 8 by a rule, not measured), from 4,000 tokens b by a rule (not measured)",
+            "a (up to 8 by a rule, not measured), "
+            "from about 4,000 tokens b by a rule (not measured)",
         ),
         (
             ((0, "a", False), (9, "a", True), (20, "a", False), (40, "b", False)),
@@ -217,14 +226,18 @@ def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -
         map(format_us, (chosen.predicted_us, chosen.host_us, chosen.device_us))
     )
     text = str(step)
-    assert "the layer waits for the host as it is, so that what the device does meanwhile" in text
+    assert step.idle_us is not None
+    idle = format_us(step.idle_us)
+    assert f"leaves the device idle for {idle}: of a call's device time only what goes" in text
+    # What is prepared once per forward comes on top.
+    assert chosen.predicted_us >= max(chosen.host_us, chosen.device_us - step.idle_us)
     assert f"predicted to add {row[1]} to a layer that waits for the host" in step.reason
     assert json.loads(step.to_json())["captions"] == step.captions()
     prefill = explain(**shape, seq_len=2048, causal=True)
     assert prefill.waits_for == "device"
     chosen = prefill.options[0]
     assert (chosen.predicted_us or 0) >= (chosen.device_us or 0) > (chosen.host_us or 0)
-    assert "what the host does meanwhile adds nothing" in str(prefill)
+    assert "the rest of the layer leaves the host idle for " in str(prefill)
 
 
 def test_calls_on_their_own_take_the_longer_of_host_and_device(tmp_path: Path) -> None:
@@ -318,6 +331,24 @@ def test_a_gpu_that_is_not_here(name: str) -> None:
     exact = explain(seq_len=64, padding=0.4, dtype="fp32", device=name, **SIZES)
     refused = {o.backend: o.reasons for o in exact.options if o.status == "refuses"}
     assert refused["flash_attention_2"] == ("takes bfloat16 or float16, given float32",)
+
+
+def test_packages_that_a_profile_does_not_name_are_not_taken_to_be_there(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"seq_len": 64, "device": "nvidia-h200", **SIZES}
+    answer = explain(**sizes)
+    refused = {o.backend: o.reasons for o in answer.options if o.status == "refuses"}
+    assert refused["flash_attention_4"] == ("the profile names no version of flash-attn-4",)
+    assert "flash_attention_3" not in refused
+    assert "and no others" in (answer.assumption or "")
+    # One of before may have measured a FlashAttention-3 that it does not name.
+    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    assert shipped.versions is not None
+    before = shipped.versions.model_copy(update={"fa3_fwd": None})
+    (tmp_path / "profiles").mkdir()
+    path = tmp_path / "profiles" / "nvidia-h200.json"
+    profile.save(shipped.model_copy(update={"versions": before}), path)
+    answer = explain(**sizes)
+    assert "flash_attention_3" not in {o.backend for o in answer.options if o.status == "refuses"}
 
 
 def test_an_old_gpu_refuses_by_its_own_capability(tmp_path: Path) -> None:
@@ -416,6 +447,21 @@ def test_the_command_prints_a_table_or_json(
     assert answer["workload"]["mode"] == {"--decode": "decode", "--grad": "train"}.get(
         "".join(more), "forward"
     )
+
+
+def test_changed_versions_are_told_in_the_same_words_everywhere(
+    crossing: profile.Profile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = crossing.model_copy(update={"versions": machine.Versions(torch="1.0")})
+    profile.save_for_user(made)
+    profile.set_profile(None)
+    now = machine.versions("cpu")
+    sentence = machine.changed_since(machine.Versions(torch="1.0").differences(now))
+    assert f"measured: torch 1.0 then, {now.torch} now, " in sentence
+    assert sentence in explain(seq_len=64, device="cpu", **SIZES).lines()
+    for command in ("show", "doctor"):
+        assert cli.run([command]) == 0
+        assert sentence in capsys.readouterr().out
 
 
 def test_a_device_of_this_machine_by_its_name(crossing: profile.Profile) -> None:
@@ -527,7 +573,7 @@ def test_padding_free_does_what_explain_says(heads: int) -> None:
 def test_the_command_takes_a_hidden_size(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--batch", "10", "--seq-len", "20", "--heads", "4", "--head-dim", "20"]
     arguments += ["--padding", "0.5", "--device", "cpu"]
-    for more, says in (([], "leaves the padding in"), (["--hidden", "120"], "packs this batch")):
+    for more, says in (([], "runs this batch padded"), (["--hidden", "120"], "packs this batch")):
         assert cli.run([*arguments, *more]) == 0
         assert f"padding_free {says}" in capsys.readouterr().out
     assert cli.run([*arguments, "--hidden", str(1 << 30)]) == 2
@@ -592,4 +638,7 @@ def test_spans_of_times() -> None:
 def test_a_window_and_the_number_of_sequences_are_said() -> None:
     shape = {"heads": 4, "head_dim": 64, "seq_len": 512, "causal": True, "device": "nvidia-h200"}
     assert "window 128, 4 x 512" in str(smartattn.explain(batch=4, window=128, **shape))
-    assert "packed of 16 sequences, 1 x 512" in str(smartattn.explain(packed=16, **shape))
+    packed = smartattn.explain(packed=16, **shape)
+    assert "packed of 16 sequences, 1 x 512" in str(packed)
+    lengths = packed.workload.lengths
+    assert f"shortest sequence has {min(lengths)} tokens, the longest {max(lengths)}" in str(packed)

@@ -24,8 +24,9 @@ from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions
 from smartattn.profile import default_rules
 from smartattn.samples import Header, Sample
+from smartattn.surroundings import Surroundings
 from smartattn.thresholds import thresholds
-from smartattn.workload import Workload
+from smartattn.workload import Workload, as_padded
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 #: Microseconds per unit: one backend walks the padded tensors, the other the real tokens.
@@ -507,19 +508,24 @@ def test_thresholds_are_what_the_models_say() -> None:
         assert lengths == sorted(set(lengths))
         crossings += len(lengths) > 1
         for winner in threshold.winners:
-            workload = Workload(
-                "forward",
-                True,
-                "left",
-                "bfloat16",
-                threshold.batch,
-                winner.from_kv_len,
-                winner.from_kv_len,
-                threshold.heads,
-                threshold.kv_heads,
-                64,
-                padding_share=threshold.padding_share,
+            workload = as_padded(
+                Workload(
+                    "forward",
+                    True,
+                    "left",
+                    "bfloat16",
+                    threshold.batch,
+                    winner.from_kv_len,
+                    winner.from_kv_len,
+                    threshold.heads,
+                    threshold.kv_heads,
+                    64,
+                    padding_share=threshold.padding_share,
+                    memory="concatenated",
+                )
             )
+            real = workload.plan(CUDA).padding_share
+            assert real == pytest.approx(threshold.padding_share, abs=0.03)
             plan, call = workload.plan(CUDA), workload.call(CUDA)
             assert regime_of(plan, call) == costs[0].regime
             times = {name: predictor.predict(name, plan, call) or 0.0 for name in TRUE}
@@ -566,6 +572,16 @@ def test_thresholds_say_how_far_ahead_the_fastest_gets() -> None:
         assert second.largest_speedup is not None
         assert second.largest_speedup > second.speedup
         assert second.largest_speedup == pytest.approx((10 + 0.1 * 1024) / 40, rel=1e-3)
+
+
+def test_ratios_are_of_whole_layers_where_something_is_known_of_them() -> None:
+    """What calls add to a layer that hides them has a ratio without bound."""
+    costs = (flat("sdpa", 809.0), flat("torch_varlen", 800.1))
+    around = Surroundings(host_us=800.0, flops_per_us=1e9, bytes_per_us=1e9)
+    for rest, kind in ((around, "layer"), (None, "call")):
+        for one in thresholds(costs, CUDA, rest):
+            assert one.ratio_of == kind
+            assert one.winners[0].largest_speedup == pytest.approx(809 / 800.1, abs=1e-3)
 
 
 def test_thresholds_know_backends_that_were_measured_with_other_head_sizes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -295,6 +297,59 @@ def test_the_sentences_say_what_was_measured() -> None:
     )
     said = "2 batches with less padding or work ran 0.80 to 0.90 times as fast packed as padded ("
     assert said in padded.because
+
+
+def test_what_the_default_packs_is_not_counted_as_padded() -> None:
+    """A batch without a rule of its own, since with almost as much of both another one lost."""
+    taken = [(0.5, 23, 0.8), (0.5, 26, 1.5), (0.25, 25, 1.2), (0.25, 24, 0.7), (0.24, 25, 1.02)]
+    made = [sample(share, power, speedup) for share, power, speedup in taken]
+    when = StackWhen(device="cpu", min_padding_share=0.248, min_spared_work=8e6)
+    default = StackRule(when=when, pack=True, because="the default")
+    rules = fit_stack_rules(made, HEADER, (default,))
+    assert rules[1] == default, "nothing contradicts it"
+    left = [one for one in made if not packs(rules, one.padding_share, one.work)]
+    assert [one.speedup for one in left] == [0.8, 0.7, 1.02]
+    assert "3 batches with less padding or work ran 0.70 to 1.02 times" in rules[-1].because
+
+
+def test_batches_of_one_share_of_padding_are_counted_together() -> None:
+    """Lengths are drawn: 49.99% are the half that was meant."""
+    first = sample(0.5, 26, 1.2)
+    other = next(
+        made
+        for power in range(27, 36)
+        for made in (sample(0.5, power, 1.5),)
+        if made.padding_share < first.padding_share
+    )
+    rule, *_ = fit_stack_rules([first, replace(other, speedup=1.5)], HEADER)
+    assert f"{rule.when.min_padding_share:.0%}" == "50%"
+    assert "2 batches with at least this padding and work ran 1.20 to 1.50" in rule.because
+
+
+def test_the_default_says_what_is_in_the_data() -> None:
+    """Both conventions, "times as fast" and "takes longer", and the bound of each rule."""
+    data = profile.shipped_profiles().parents[1] / "docs" / "data"
+    rules = {rule.when.device: rule for rule in profile.default_stack_rules()}
+    cpu = json.loads((data / "cpu_padding_free.json").read_text())["rows"]
+    ratios = {"cpu": [(one["spared_work"], one["padding_share"], one["ratio"]) for one in cpu]}
+    ratios["cuda"] = []
+    for one in json.loads((data / "h200_model_forwards.json").read_text()):
+        found = re.match(r"(\w+) fwd B(\d+) S(\d+) pad([\d.]+)", one["tag"])
+        if found is None or float(found[4]) == 0:
+            continue
+        hidden = 1024 if found[1] == "bert" else 2048
+        share = float(found[4])
+        work = share * int(found[2]) * int(found[3]) * hidden**2
+        best = min(one["r"]["sdpa"], one["r"]["flash_attention_2"])
+        ratios["cuda"].append((work, share, best / one["r"]["pack_fa2"]))
+    for device, rows in ratios.items():
+        rule = rules[device]
+        least, share = rule.when.min_spared_work or 0.0, rule.when.min_padding_share or 0.0
+        inside = [ratio for work, padding, ratio in rows if work >= least and padding >= share]
+        below = [ratio for work, padding, ratio in rows if work < least or padding < share]
+        assert f"came to {least:.0e} or more" in rule.because
+        assert f"ran {min(inside):.2f} to {max(inside):.2f} times as fast" in rule.because
+        assert f"took up to {1 / min(below) - 1:.0%} longer" in rule.because
 
 
 def test_nowhere_and_unknown_are_told_apart() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
         assert name in out
     assert out.startswith("forward, 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
-    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: no"
+    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: no"
     assert said in out
     assert "part early" not in out
     assert "here" in out.splitlines()[-1]
@@ -288,6 +289,11 @@ def packing(smart: list[float], free: list[float], sdpa: list[float]) -> bench.B
             packing(around(0.95, 0.06), around(0.9, 0.01), around(1.0, 0.01)),
             "smart with padding_free pays here: it is 1.11 times",
         ),
+        # "No difference" is said of what leaves little open.
+        (
+            packing(around(0.95, 0.06), around(0.9, 0.01), around(1.0, 0.01)),
+            "; whether smart alone pays cannot be told: the rounds leave 6% open",
+        ),
         (made(smart=[1.0]), "only smart ran"),
         (made(**{"smart": [1.0], bench.PADDING_FREE: [0.5]}), "only smart ran"),
         (made(sdpa=[1.0]), "did not run"),
@@ -299,12 +305,10 @@ def test_the_verdict_is_plain(found: bench.Benchmark, says: str) -> None:
 
 def test_padding_free_that_packs_nothing_is_not_what_pays() -> None:
     rows = (bench.Row("sdpa", [1.0] * 3), bench.Row("smart", [1.0] * 3))
-    padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward unpacked: small"])
+    padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward padded: small"])
     found = bench.Benchmark((*rows, padded), "cpu", "float32", 10, 10, 0, 0)
     assert "smart makes no difference" in found.verdict
-    said = (
-        "padding_free packed nothing and ran as smart alone does: it ran 1 forward unpacked: small"
-    )
+    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: small"
     assert found.padding_free == said
 
 
@@ -451,7 +455,7 @@ def test_values_at_padding_positions_are_explained(folder: Any, capsys: Any) -> 
         assert cli.run([*arguments, "0.5", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "smart ran sdpa_unpadded in 2 calls" in out
-    assert "differ by design" in out
+    assert 'differ by design; to get sdpa\'s values there: pad_output="sdpa"' in out
     with smartattn.use(backends="sdpa"):
         assert cli.run([*arguments, "0.5", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -467,6 +471,25 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.run([command, str(folder("llama")), "--device", "cpu", "--seq-len", "16"]) == 0
     assert "…" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.2345, "1234.5"), (0.09876, "98.8"), (0.009996, "10.0"), (0.00456, "4.56"), (3e-4, "0.300")],
+)
+def test_times_have_three_digits(seconds: float, text: str) -> None:
+    assert cli_models._milliseconds(seconds) == text
+
+
+def test_the_number_of_rounds_is_said(capsys: Any) -> None:
+    for rounds, words in (
+        (3, "medians of 3 interleaved rounds"),
+        (1, "medians of 1 interleaved round"),
+    ):
+        found = made(sdpa=[1.0] * rounds, smart=[1.0] * rounds)
+        assert found.rounds == rounds
+        cli_models._print_benchmark(replace(found, shapes=((2, 5),)), Console(width=200))
+        assert f"; {words}\n" in capsys.readouterr().out
 
 
 def test_rounds_that_vary_put_the_times_in_doubt() -> None:

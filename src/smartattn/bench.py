@@ -66,7 +66,7 @@ class Row:
     equal_tokens: float | None = None
     #: Backends that ran when all batches ran once, with the number of calls: of smart's rows.
     ran: dict[str, int] = field(default_factory=dict)
-    #: What became of the batches under padding_free: "packed" or "unpacked", and why.
+    #: What became of the batches under padding_free: "packed" or "padded", and why.
     stacks: list[str] = field(default_factory=list)
     #: Whether padding_free took the padding out of any forward.
     packed: bool = False
@@ -177,6 +177,11 @@ class Benchmark:
     #: (rows, tokens per row, padding included) of each batch.
     shapes: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def rounds(self) -> int:
+        """Rounds that were measured."""
+        return max((len(row.seconds) for row in self.rows), default=0)
+
     def tokens_per_second(self, row: Row) -> float | None:
         """Real or generated tokens per second."""
         return None if not row.median else self.tokens / row.median
@@ -205,8 +210,7 @@ class Benchmark:
             if packed.faster and (_Pair(free, smart).faster or not alone.faster):
                 return (
                     f"smart with padding_free pays here: it {packed.words} {name}, the best of the "
-                    "others; smart alone "
-                    + (f"{alone.words} {name}" if alone.tells else "makes no difference")
+                    f"others; {_beside(alone, name)}"
                 )
         if alone.faster:
             return f"smart pays here: it {alone.words} {name}, the best of the others"
@@ -275,6 +279,15 @@ class Benchmark:
     def _best(self) -> Row | None:
         ran = [row for row in self.rows if row.implementation not in _OURS and row.median]
         return min(ran, key=lambda row: row.median or 0.0, default=None)
+
+
+def _beside(alone: _Pair, name: str) -> str:
+    """What is said of smart alone where padding_free is what pays."""
+    if alone.tells:
+        return f"smart alone {alone.words} {name}"
+    if alone.vague:
+        return f"whether smart alone pays cannot be told: {alone.unsettled}"
+    return "smart alone makes no difference"
 
 
 def bench(
@@ -389,7 +402,7 @@ def _first_runs(
     row.packed = any(stack.packed for stack in recorded.stacks)
     row.stacks = [
         f"ran {stack.calls} forward{'s' * (stack.calls != 1)} "
-        f"{'packed' if stack.packed else 'unpacked'}: {stack.reason}"
+        f"{'packed' if stack.packed else 'padded'}: {stack.reason}"
         for stack in recorded.stacks
     ]
     return outputs

@@ -132,7 +132,7 @@ def choose(
     for backend in candidates:
         estimate = profile.estimate(backend.name, plan, call)
         if estimate is not None:
-            verdicts[backend.name] = Verdict(backend.name, (), *estimate)
+            verdicts[backend.name] = Verdict(backend.name, (), *estimate[:7])
             estimates.append((backend, estimate))
     if len(estimates) > 1:
         return decide(*_best(estimates, objective, profile.name))

@@ -15,20 +15,31 @@ if TYPE_CHECKING:
 
 #: Exit code where a backend gives wrong answers.
 UNHEALTHY = 1
+#: Longest test of a device that is asked for.
+MAX_SECONDS = 3600.0
 
 _STYLES = {"works": "green", "wrong": "bold red", "fails": "bold red"}
 
 
 def doctor(
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=MAX_SECONDS,
+            help="Test each device for so long; 2 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> int:
     """Look at devices, versions, profiles and backends, and test each backend.
 
     Exits with 1 if one gives wrong answers or fails.
     """
-    from .doctor import examine
+    from .doctor import SECONDS, examine
 
-    report = examine()
+    report = examine(seconds=SECONDS if seconds is None else seconds)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -83,10 +94,16 @@ def _print_device(device: DeviceReport, console: Console) -> None:
     if device.reached < device.cases:
         console.print(
             f"Tested for {device.seconds:.1f} s, which was enough for {device.reached} of "
-            f"{device.cases} kinds of calls.",
+            f"{device.cases} calls" + _missed(device) + "; --seconds tests for longer.",
             soft_wrap=True,
             highlight=False,
         )
+
+
+def _missed(device: DeviceReport) -> str:
+    if not device.unreached:
+        return ", one of each kind at least"
+    return f": none of {', '.join(device.unreached)}"
 
 
 def _remark(backend: BackendReport) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DISAGREES = 1
 
 _PADDING = (
-    "at padding positions implementations differ by design; models that use these need "
+    "at padding positions implementations differ by design; to get sdpa's values there: "
     'pad_output="sdpa"'
 )
 _AS_SDPA = "at padding positions smart is as far from eager as sdpa is"
@@ -275,11 +275,12 @@ def _shown(difference: Difference | None) -> str:
 def _print_benchmark(found: Benchmark, console: Console) -> None:
     doing = f"{found.new_tokens} new tokens" if found.new_tokens else "forward"
     console.print(
-        f"{doing}, {_batches(found)}, {found.dtype}, {found.device}; medians of interleaved rounds",
+        f"{doing}, {_batches(found)}, {found.dtype}, {found.device}; medians of {found.rounds} "
+        f"interleaved round{'s' * (found.rounds != 1)}",
         soft_wrap=True,
         highlight=False,
     )
-    right = {"justify": "right"}
+    right = {"justify": "right", "overflow": "fold"}
     table = Table(
         Column("implementation", overflow="fold"),
         Column("ms", **right),  # type: ignore[arg-type]
@@ -295,7 +296,7 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
         speed = found.tokens_per_second(row) or 0.0
         table.add_row(
             row.implementation,
-            f"{row.median * 1e3:.1f}",
+            _milliseconds(row.median),
             f"{row.spread:.0%}" if len(row.seconds) > 1 else "-",
             f"{speed:,.0f}",
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
@@ -312,6 +313,14 @@ def _print_benchmark(found: Benchmark, console: Console) -> None:
     if found.doubt is not None:
         console.print(f"[yellow]{found.doubt}[/]", soft_wrap=True, highlight=False)
     console.print(found.verdict, soft_wrap=True, highlight=False)
+
+
+def _milliseconds(seconds: float) -> str:
+    """With three digits at least, and one after the point."""
+    # Rounded first, so that 9.996 ms are 10.0.
+    value = float(f"{seconds * 1e3:.3g}")
+    digits = 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{seconds * 1e3:.{digits}f}"
 
 
 def _print_ran(smart: Row | Comparison, console: Console) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_errors import UserError
-from .units import LEAD
+from .units import LAYOUTS, LEAD, TIMES_AS_FAST, in_words
 
 if TYPE_CHECKING:
     from .profile import Profile, Rule, Threshold, When, Winner
@@ -50,7 +50,7 @@ def show(
         return
     import torch
 
-    from .machine import identify, versions
+    from .machine import changed_since, identify, versions
     from .profile import find
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -67,8 +67,9 @@ def show(
         for phrase in looked_up.passed_over:
             console.print(f"  {escape(phrase)}", soft_wrap=True)
         if identity is not None and looked_up.profile.versions is not None:
-            for difference in looked_up.profile.versions.differences(versions(identity.kind)):
-                console.print(f"  measured with {escape(difference)}: calibrate again")
+            differences = looked_up.profile.versions.differences(versions(identity.kind))
+            if differences:
+                console.print(f"  {escape(changed_since(differences))}", soft_wrap=True)
         _print_profile(looked_up.profile, console, crossover or plot is not None, one.type)
         if plot is not None and looked_up.profile.costs and not drawn:
             drawn = True
@@ -171,24 +172,27 @@ def _lead(winner: Winner) -> str:
 
 def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
     """Prints who wins from which key length on."""
+    thresholds = list(thresholds)
+    kinds = dict.fromkeys(one.ratio_of for one in thresholds if one.ratio_of is not None)
+    ratio = "".join(f" ({TIMES_AS_FAST[kind]}, at most)" for kind in kinds)
     table = Table(
         "call",
         "head dim",
         "padding",
-        "fastest from which key length on (times as fast as the next one, at most)",
+        "fastest from which key length on" + ratio,
         title="Thresholds, for 8 rows or packed sequences and 16 heads",
     )
     last = None
     for threshold in thresholds:
-        pattern = (
-            "" if threshold.mode == "decode" else " causal" if threshold.causal else " both ways"
-        )
-        call = f"{threshold.mode}{pattern}, {threshold.layout}, {threshold.dtype}"
+        padding = LAYOUTS[threshold.layout]
+        if threshold.causal and threshold.layout == "padded":
+            padding += " on the left"
+        call = f"{in_words(threshold.mode, threshold.causal, padding)}, {threshold.dtype}"
         group = (call, threshold.head_dim)
         if last is not None and group != last:
             table.add_section()
         winners = [
-            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner)}"
+            f"{winner.from_kv_len:,}: {winner.backend}{_lead(winner) if threshold.ratio_of else ''}"
             for winner in threshold.winners
         ]
         table.add_row(
@@ -200,4 +204,12 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
-        console.print(f"no number: less than {LEAD} times as fast", highlight=False)
+        if any(one.alike for one in thresholds):
+            console.print(
+                '"of each row": all rows have as much padding; of rows of several lengths only one '
+                "backend that was measured is considered, so that nothing is decided by time",
+                soft_wrap=True,
+                highlight=False,
+            )
+        if kinds:
+            console.print(f"no number: less than {LEAD} times as fast", highlight=False)

@@ -119,6 +119,11 @@ class Estimate(NamedTuple):
     #: both are the same.
     host_us: float | None = None
     device_us: float | None = None
+    #: Microseconds of the device less those of the host in the rest of the layer, see
+    #: :func:`~smartattn.surroundings.waited_us`.
+    slack_us: float = 0.0
+    #: The longest key length, in tokens, that this comes from; 0 if it is unknown.
+    longest_kv_len: int = 0
 
 
 class _Model(NamedTuple):
@@ -215,7 +220,20 @@ class Predictor:
             bottleneck=bottleneck,
             host_us=host_us if apart else None,
             device_us=device_us if apart else None,
+            slack_us=slack_us,
+            longest_kv_len=model.longest // MAX_EXTRAPOLATION,
         )
+
+    def rest_us(self, plan: Plan, call: Call) -> float:
+        """Microseconds of the layer that makes a call, without the call; 0 if nothing is known."""
+        if self._surroundings is None:
+            return 0.0
+        return max(self._surroundings.rest_us(plan, call))
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether predictions are what calls add to their layers, of which something is known."""
+        return self._surroundings is not None
 
     def reach(self, backends: Collection[str], plan: Plan, call: Call) -> int | None:
         """The longest key length, in tokens, at which two of some backends are predicted.

@@ -15,22 +15,22 @@ from rich.text import Text
 
 from .cost import Predictor
 from .features import Mode, Regime, regime_of
-from .profile import Profile
-from .thresholds import predictions
-from .units import LEAD
-from .workload import Side, Workload
+from .profile import Profile, RatioOf
+from .thresholds import predictions, speedup
+from .units import LEAD, TIMES_AS_FAST, in_words
+from .workload import Side, Workload, as_padded, usual_memory
 
 #: Padded lengths and shares of padding of a map, as far as something was measured there.
 LENGTHS = tuple(2**exponent for exponent in range(5, 17))
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
-#: The kinds of call that get a map: mode, causal or not, side of the padding, and in words.
-KINDS: tuple[tuple[Mode, bool, Side, str], ...] = (
-    ("forward", False, "right", "forward, bidirectional"),
-    ("forward", True, "left", "forward, causal, padding on the left"),
-    ("forward", True, "right", "forward, causal, padding on the right"),
-    ("decode", False, "left", "decode, one query per sequence"),
-    ("train", False, "right", "forward and backward, bidirectional"),
-    ("train", True, "right", "forward and backward, causal, padding on the right"),
+#: The kinds of call that get a map: mode, causal or not, side of the padding.
+KINDS: tuple[tuple[Mode, bool, Side], ...] = (
+    ("forward", False, "right"),
+    ("forward", True, "left"),
+    ("forward", True, "right"),
+    ("decode", False, "left"),
+    ("train", False, "right"),
+    ("train", True, "right"),
 )
 BATCH, HEADS = 16, 16
 #: Colours of backends in the order in which they win most, for plots and for terminals.
@@ -44,7 +44,10 @@ class PlotError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The backend that is chosen, and the time of the next one divided by its time."""
+    """The backend that is chosen, and how many times as fast as with the next one it is.
+
+    Of the whole layer where something is known of it, see ``Map.ratio_of``.
+    """
 
     backend: str
     #: None if no other backend has a prediction there.
@@ -62,6 +65,8 @@ class Map:
     lengths: tuple[int, ...]
     shares: tuple[float, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
+    #: What the cells' ratios are of: the time of a whole layer, or of the call alone.
+    ratio_of: RatioOf = "call"
 
     @property
     def wins(self) -> Counter[str]:
@@ -87,7 +92,8 @@ def maps(profile: Profile) -> list[Map]:
         kind = _kind(cost.regime)
         longest[kind] = max(longest[kind], cost.longest_kv_len)
     found = []
-    for mode, causal, side, words in KINDS:
+    for mode, causal, side in KINDS:
+        words = in_words(mode, causal, f"padding on the {side}" if causal else "")
         title = f"{words}; batch {BATCH}, {HEADS} heads of {head_dim}, {dtype}"
         cells = tuple(
             tuple(
@@ -104,7 +110,7 @@ def maps(profile: Profile) -> list[Map]:
                         kv_heads=HEADS,
                         head_dim=head_dim,
                         padding_share=share,
-                        memory="concatenated" if mode == "decode" else "transposed",
+                        memory=usual_memory(mode, causal, side),
                     ),
                     profile.predictor,
                     backends,
@@ -115,7 +121,8 @@ def maps(profile: Profile) -> list[Map]:
             )
             for share in SHARES
         )
-        one = _filled(Map(title, LENGTHS, SHARES, cells))
+        ratio_of: RatioOf = "layer" if profile.predictor.of_layers else "call"
+        one = _filled(Map(title, LENGTHS, SHARES, cells, ratio_of))
         if one.wins:
             found.append(one)
     return found
@@ -130,6 +137,7 @@ def _filled(one: Map) -> Map:
         tuple(one.lengths[column] for column in columns),
         tuple(one.shares[row] for row in rows),
         tuple(tuple(one.cells[row][column] for column in columns) for row in rows),
+        one.ratio_of,
     )
 
 
@@ -145,6 +153,7 @@ def _cell(
     device: torch.device,
     longest: Mapping[tuple[str, ...], int],
 ) -> Cell | None:
+    workload = as_padded(workload)
     plan, call = workload.plan(device), workload.call(device)
     regime = regime_of(plan, call)
     if regime is None or call.kv_len > longest.get(_kind(regime), 0):
@@ -152,7 +161,7 @@ def _cell(
     times = predictions(predictor, backends, plan, call)
     if not times or times[0][0] <= 0:
         return None
-    return Cell(times[0][1], times[1][0] / times[0][0] if len(times) > 1 else None)
+    return Cell(times[0][1], speedup(predictor, times, plan, call))
 
 
 def _places(found: Sequence[Map]) -> dict[str, int]:
@@ -177,7 +186,7 @@ def _letters(names: Sequence[str]) -> dict[str, str]:
 
 
 def show(found: Sequence[Map], console: Console) -> None:
-    """Prints the maps: a letter per winner, and how many times as fast as the next one it is."""
+    """Prints the maps: a letter per winner, and how far ahead of the next one it is."""
     places = _places(found)
     letters = _letters(list(places))
     for one in found:
@@ -198,10 +207,14 @@ def show(found: Sequence[Map], console: Console) -> None:
         console.print(table)
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
     console.print(
-        f"{legend}; the number: times as fast as the next one, by prediction; none: less than "
+        f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
         f"{LEAD}, or there is no other; as far as lengths were measured",
         soft_wrap=True,
     )
+
+
+def _captions(found: Sequence[Map]) -> str:
+    return " or ".join(dict.fromkeys(TIMES_AS_FAST[one.ratio_of] for one in found))
 
 
 def _times(cell: Cell) -> str:
@@ -259,7 +272,7 @@ def plot(found: Sequence[Map], name: str, path: Path) -> None:
     patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
     figure.suptitle(
-        f"{name}: the fastest backend, and how many times as fast as the next one (from {LEAD} on)",
+        f"{name}: the fastest backend, and {_captions(found)} (from {LEAD} on)",
         fontsize=11,
     )
     figure.savefig(path, dpi=110, format="png")

@@ -14,12 +14,13 @@ import torch
 
 from . import profile as profiles
 from .backends import BACKENDS, Backend
-from .machine import driver_version, identify, versions
+from .machine import changed_since, driver_version, identify, versions
 from .measure import runner
 from .reference import error_of, expected
 from .workload import Workload
 
-#: Seconds per device after which no further call is tested, once every backend ran one.
+#: Seconds per device after which no further call is tested, once every backend ran one, unless
+#: others are asked for.
 SECONDS = 2.0
 
 Health = Literal["works", "wrong", "fails", "unusable", "untested"]
@@ -57,10 +58,12 @@ class DeviceReport:
     #: What was passed over in the search, and what differs from the versions of the measurement.
     remarks: tuple[str, ...]
     backends: tuple[BackendReport, ...]
-    #: Seconds that the self-test took, how many kinds of calls it came to, and how many there are.
+    #: Seconds that the self-test took, how many calls it came to, and how many there are.
     seconds: float
     reached: int
     cases: int
+    #: The kinds of calls of which none was reached, in words.
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,8 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
     remarks = list(found.passed_over)
     if identity is not None and found.profile.versions is not None:
         differences = found.profile.versions.differences(versions(identity.kind))
-        remarks += [f"measured with {phrase}: smartattn calibrate" for phrase in differences]
+        if differences:
+            remarks.append(changed_since(differences))
     remarks += [f"{b.name}: {why}" for b in backends if (why := b.handicap(device)) is not None]
     memory = None
     if device.type == "cuda":
@@ -156,14 +160,34 @@ def _device(device: torch.device, backends: Sequence[Backend], seconds: float) -
         seconds=time.perf_counter() - start,
         reached=reached,
         cases=len(workloads),
+        unreached=_unreached(workloads, reached),
     )
+
+
+def _unreached(workloads: Sequence[Workload], reached: int) -> tuple[str, ...]:
+    """What none of the first few workloads is."""
+    done = {_kind(one) for one in workloads[:reached]}
+    return tuple(dict.fromkeys(kind for one in workloads if (kind := _kind(one)) not in done))
+
+
+def _kind(workload: Workload) -> str:
+    if workload.mode != "forward":
+        return {"train": "training", "decode": "decoding"}[workload.mode]
+    if workload.side == "packed":
+        return "packed sequences"
+    if workload.window:
+        return "windows"
+    return "forwards without padding" if workload.side == "none" else "padded forwards"
 
 
 # -- the self-test -------------------------------------------------------------------------------
 
 
 def cases(kind: str) -> list[Workload]:
-    """Small calls of all kinds, the commonest ones first."""
+    """Small calls: one of each kind, in the commonest dtype, comes before a second of any.
+
+    The time may not suffice for all.
+    """
     dtypes = ("bfloat16", "float32", "float16") if kind == "cuda" else ("float32", "bfloat16")
     sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
     made: list[list[Workload]] = []
@@ -172,20 +196,22 @@ def cases(kind: str) -> list[Workload]:
         forward = {"mode": "forward", **common}
         made.append([
             _case(causal=True, side="left", batch=3, length=65, padding_share=0.4, **forward),
-            _case(causal=False, side="right", batch=3, length=50, padding_share=0.4, **forward),
-            _case(causal=True, side="none", batch=2, length=128, **forward),
-            _case(causal=True, side="packed", batch=1, length=96, sequences=3, **forward),
-            _case(causal=True, side="right", batch=2, length=80, padding_share=0.3, **forward),
-            _case(causal=True, side="none", batch=2, length=96, window=16, **forward),
             _case(causal=True, side="left", batch=3, length=70, padding_share=0.4, mode="decode",
                   **common),
             _case(causal=True, side="left", batch=2, length=48, padding_share=0.4, mode="train",
                   **common),
+            _case(causal=True, side="packed", batch=1, length=96, sequences=3, **forward),
+            _case(causal=True, side="none", batch=2, length=96, window=16, **forward),
+            _case(causal=True, side="none", batch=2, length=128, **forward),
+            _case(causal=False, side="right", batch=3, length=50, padding_share=0.4, **forward),
+            _case(causal=True, side="right", batch=2, length=80, padding_share=0.3, **forward),
             _case(causal=False, side="right", batch=2, length=48, padding_share=0.4, mode="train",
                   **common),
         ])  # fmt: skip
-    # Each kind in every dtype before the next: the time may not suffice for all.
-    return [case for alike in zip(*made, strict=True) for case in alike]
+    # One of each kind, then the same in the other dtypes, then what is left of all.
+    kinds = len({_kind(case) for case in made[0]})
+    first, rest = ([part[:kinds] for part in made], [part[kinds:] for part in made])
+    return [case for part in (*first, *rest) for case in part]
 
 
 def _case(*, mode: Any, length: int, **fields: Any) -> Workload:

@@ -19,14 +19,14 @@ from .choose import LATENCY, TIE, Decision, Goal, UnsupportedCallError, choose
 from .control import PadOutput, Settings, checked, settings_for
 from .cost import LAYERS, MAX_EXTRAPOLATION
 from .features import Mode
-from .machine import versions
+from .machine import changed_since, versions
 from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan
 from .record import brief
 from .stack_choice import KEEPS_PADDING, backend_refusal, pays
 from .target import Target, target_of
 from .units import format_us
-from .workload import WORDS, Side, Workload, as_padded
+from .workload import WORDS, Side, Workload, as_padded, usual_memory
 
 #: Most tokens of a batch, and of any other size, that are explained.
 MAX_TOKENS = 1 << 26
@@ -58,6 +58,8 @@ class Option:
     expected_error: float | None
     #: All reasons why it cannot run the call, or why it is set aside.
     reasons: tuple[str, ...]
+    #: The longest length measured, in tokens, where the prediction is for a longer one.
+    beyond: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,9 @@ class Explanation:
     #: What the rest of the layer that makes this call waits for, the predictions being by how much
     #: the call lengthens it; None where they are times of the call on its own.
     waits_for: Literal["host", "device"] | None = None
+    #: For how long, in microseconds, the rest of the layer leaves the other one of host and device
+    #: idle: as much of what a call asks of that one lengthens nothing.
+    idle_us: float | None = None
 
     @property
     def crossovers(self) -> str:
@@ -112,7 +117,7 @@ class Explanation:
             list(run) for _, run in itertools.groupby(self.winners, lambda winner: winner.backend)
         ] or [[Winner(0, "none")]]
         phrases = [
-            (f"from {run[0].from_seq_len:,} tokens " if place else "")
+            (f"from {_start(run[0], some)} tokens " if place else "")
             + run[0].backend
             + " at every length" * (len(runs) == 1)
             + (_by_rules(run) if some else "")
@@ -165,6 +170,20 @@ class Explanation:
         ]
 
     @property
+    def _beyond(self) -> str:
+        """Whose predictions go beyond what was measured, as a phrase; "" if none do."""
+        ends: dict[int, list[str]] = {}
+        for option in self.options:
+            if option.beyond is not None:
+                ends.setdefault(option.beyond, []).append(option.backend)
+        predicted = sum(option.predicted_us is not None for option in self.options)
+        if len(ends) == 1 and len(next(iter(ends.values()))) == predicted:
+            return f"beyond the {next(iter(ends)):,} tokens measured"
+        return "; ".join(
+            f"{', '.join(names)} beyond the {end:,} tokens measured" for end, names in ends.items()
+        )
+
+    @property
     def _goal(self) -> str:
         return self.objective.split()[0]
 
@@ -175,8 +194,8 @@ class Explanation:
             other = "device" if self.waits_for == "host" else "host"
             captions = [
                 "adds to layer: by how much one call lengthens its layer; this ranks the backends",
-                f"  the layer waits for the {self.waits_for} as it is, so that what the {other} "
-                "does meanwhile adds nothing",
+                f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}: "
+                f"of a call's {other} time only what goes beyond that adds",
                 f"  {share} is in it",
             ]
         elif self._apart:
@@ -196,20 +215,28 @@ class Explanation:
         """What is said beside the table."""
         path = f", {self.profile_path}" if self.profile_path else ""
         lines = self.captions()
+        if self.workload.side == "packed":
+            lengths = self.workload.lengths
+            lines.append(
+                f"lengths: drawn at random, the shortest sequence has {lengths.min():,} tokens, "
+                f"the longest {lengths.max():,}"
+            )
         lines.append(f"profile: {self.profile} ({self.profile_source}{path})")
         if self._goal != LATENCY.goal:
             lines.append(f"objective: {self.objective}")
         if self.version_differences:
-            lines.append(f"measured with {', '.join(self.version_differences)}")
+            lines.append(changed_since(self.version_differences))
         if self.assumption:
             lines.append(f"assumed: {self.assumption}")
         lines.append(f"chosen:  {self.backend or 'nothing'}: {self.reason}")
         if self.unmeasured:
             lines.append(f"not measured: {self.unmeasured}")
+        if self._beyond:
+            lines.append(f"extrapolated: {self._beyond}")
         if self.winners:
             lines.append(f"by length, all else equal: {self.crossovers}")
         if self.packs is not None:
-            does = "packs this batch" if self.packs else "leaves the padding in"
+            does = "packs this batch" if self.packs else "runs this batch padded"
             rule, _, source = brief(self.packs_because or "").partition(": ")
             # What was measured where is a line of its own, or none would fit a terminal.
             source = source.replace(": ", ":\n  ", 1)
@@ -305,6 +332,7 @@ def explain(
         sequences=packed or 0,
         window=window or 0,
         padding_share=padding,
+        memory=usual_memory(mode, causal, place),
     )
     _check(workload)
     hidden = heads * head_dim if hidden is None else hidden
@@ -332,6 +360,7 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
     path = target.found.path
     packs, packs_because = _packs(workload, hidden, target, settings)
     estimates = [profile.estimate(backend.name, plan, call) for backend in BACKENDS]
+    known = next((one for one in estimates if one is not None), None)
     winners = _winners(workload, target, settings) if decision else ()
     unmeasured = None
     if decision and profile.costs and _by_rule(decision):
@@ -343,7 +372,8 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         device=str(target.identity or target.device),
         assumption=None
         if target.here
-        else "this machine has no such device: every package is there, with the profile's versions",
+        else "this machine has no such device; the packages that the profile names are there, in "
+        "its versions, and no others",
         profile=profile.name,
         profile_source=target.found.source,
         profile_path=None if path is None else _shown(path),
@@ -355,7 +385,8 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         packs=packs,
         packs_because=packs_because,
         unmeasured=unmeasured,
-        waits_for=next((one.bottleneck for one in estimates if one is not None), None),
+        waits_for=known.bottleneck if known else None,
+        idle_us=abs(known.slack_us) if known and known.bottleneck else None,
     )
 
 
@@ -392,7 +423,8 @@ def _packs(
     if call.keep_padding_output:
         return False, KEEPS_PADDING
     packed = packed_plan(plan)
-    call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len)
+    # The cache is filled on the side: layers of a packed forward get their keys as they made them.
+    call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len, token_major_keys=True)
     try:
         backend = _choose(packed, call, target, settings).backend
     except UnsupportedCallError as error:
@@ -449,6 +481,9 @@ def _options(
                 predicted_bytes=estimate and estimate.peak_bytes,
                 expected_error=estimate and estimate.error,
                 reasons=reasons,
+                beyond=estimate.longest_kv_len
+                if estimate and 0 < estimate.longest_kv_len < call.kv_len
+                else None,
             )
         )
     order: list[Status] = ["chosen", "slower", "unmeasured", "set aside", "refuses"]
@@ -473,7 +508,8 @@ def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Wi
 
     lengths = [shortest]
     longest = min(_LONGEST, MAX_TOKENS // 8 // workload.batch)
-    while (following := round(lengths[-1] * 2 ** (1 / _STEPS))) <= longest:
+    # Powers of two among them, as in the crossover map.
+    while (following := round(shortest * 2 ** (len(lengths) / _STEPS))) <= longest:
         lengths.append(following)
     return tuple(_changes(chosen, lengths))
 
@@ -501,9 +537,22 @@ def _by_rules(run: Sequence[Winner]) -> str:
     for winner, after in itertools.zip_longest(run, run[1:]):
         if not winner.by_rule:
             continue
-        start = f"from {winner.from_seq_len:,} " if winner is not run[0] else "up "
-        spans.append(start + ("on" if after is None else f"to {after.from_seq_len - 1:,}"))
+        start = f"from {_start(winner, True)} " if winner is not run[0] else "up "
+        spans.append(start + ("on" if after is None else f"to {_about(after.from_seq_len - 1)}"))
     return f" ({', '.join(spans)} by a rule, not measured)" if spans else ""
+
+
+def _start(winner: Winner, some: bool) -> str:
+    """Where a winner begins; a rule beside ``some`` predictions begins about where these end."""
+    about = winner.by_rule and some
+    return _about(winner.from_seq_len) if about else f"{winner.from_seq_len:,}"
+
+
+def _about(length: int) -> str:
+    """Where predictions end or begin: at a multiple of some length that happened to be measured."""
+    if length < 100:
+        return str(length)
+    return f"about {float(f'{length:.2g}'):,.0f}"
 
 
 # -- checking and printing -----------------------------------------------------------------------

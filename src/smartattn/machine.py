@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,6 +85,14 @@ class Versions(Record):
             and (then := getattr(self, field)) != (now := getattr(running, field))
             and not (then is None and field in _RECORDED_LATER)
         ]
+
+
+def changed_since(differences: Iterable[str]) -> str:
+    """The sentence about :meth:`Versions.differences`."""
+    return (
+        f"changed since the profile was measured: {', '.join(differences)}; smartattn calibrate "
+        "measures again"
+    )
 
 
 #: Fields that are unknown, rather than absent, where a profile has none.

@@ -21,7 +21,17 @@ from .cost import BackendName, Cost, Estimate, Predictor
 from .features import Layout, Mode
 from .files import StrPath, read_bounded, write_atomically
 from .locks import ForkSafeLock
-from .machine import PLAIN, Device, Line, Record, Versions, identify, one_line, versions
+from .machine import (
+    PLAIN,
+    Device,
+    Line,
+    Record,
+    Versions,
+    changed_since,
+    identify,
+    one_line,
+    versions,
+)
 from .plan import Plan
 from .stack_rule import StackRule
 from .surroundings import Surroundings
@@ -108,11 +118,15 @@ class Winner(Record):
 
     from_kv_len: Tokens
     backend: BackendName
-    #: Predicted time of the runner-up divided by the winner's, at ``from_kv_len``: near 1 where one
-    #: has just become faster than the other.
+    #: Predicted time with the runner-up divided by that with the winner, at ``from_kv_len``: near 1
+    #: where one has just become faster than the other. Of what, says ``Threshold.ratio_of``.
     speedup: Annotated[float, Field(ge=1.0, le=1e9)]
     #: The largest such ratio from there to the next entry; None in profiles of before.
     largest_speedup: Annotated[float, Field(ge=1.0, le=1e9)] | None = None
+
+
+#: See :class:`Threshold`.
+RatioOf = Literal["layer", "call"]
 
 
 class Threshold(Record):
@@ -129,6 +143,10 @@ class Threshold(Record):
     padding_share: Share
     #: All rows have as much padding; otherwise their lengths are drawn uniformly.
     alike: bool = False
+    #: What the winners' ratios are of: the time of a whole layer, attention included, or, where
+    #: nothing is known of layers, of the calls. None in profiles of before, whose ratios are of
+    #: what calls add to their layers: they grow without bound where a layer hides its call.
+    ratio_of: RatioOf | None = None
     winners: Annotated[tuple[Winner, ...], Field(min_length=1, max_length=1000)]
 
 
@@ -508,10 +526,5 @@ def _look_up(device: torch.device) -> Profile:
     if found.profile.versions is not None and found.profile.device is not None:
         differences = found.profile.versions.differences(versions(found.profile.device.kind))
         if differences:
-            logger.info(
-                "profile %s was measured with other versions (%s): "
-                "run `smartattn calibrate` to measure again",
-                found.profile.name,
-                ", ".join(differences),
-            )
+            logger.info("profile %s: %s", found.profile.name, changed_since(differences))
     return found.profile

@@ -144,7 +144,7 @@ class Trace:
         if any(row.predicted is None for row in rows):
             lines.append(_DASH)
         for stack in self.stacks:
-            how = "without padding" if stack.packed else "unchanged"
+            how = "packed" if stack.packed else "padded"
             forwards = f"{stack.calls} forward{'s' * (stack.calls != 1)}"
             lines.append(f"{stack.model}: {forwards} {how}, {brief(stack.reason)}")
         return "\n".join(lines)

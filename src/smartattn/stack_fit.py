@@ -55,24 +55,27 @@ def fit_stack_rules(
     measured = f"measured on {header.device} on {header.date}"
     described = _described(samples)
     speedups = np.array([sample.speedup for sample in samples])
-    covered = np.zeros(len(samples), dtype=bool)
+    packed = np.zeros(len(samples), dtype=bool)
     rules = []
     for when in _bounds(samples, kind, _width(samples)):
-        inside = np.array([_holds(when, sample, kind) for sample in samples])
+        packed |= np.array([_holds(when, sample, kind) for sample in samples])
+        inside = np.array([_counts(when, sample, kind) for sample in samples])
         batches = f"{_count(inside)} with at least this padding and work"
         because = f"{measured}: {batches} ran {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
-        covered |= inside
     beyond = [
         _beyond(rule, samples, kind)
         for rule in default
         if rule.pack and rule.when.device in (None, kind)
     ]
+    for rule in beyond:
+        packed |= np.array([_holds(rule.when, sample, kind) for sample in samples])
     because = f"{measured}: smaller batches and less padding were not timed"
-    if not covered.all():
-        batches = f"{_count(~covered)} {'with less padding or work ' if rules else ''}ran"
-        certain = "" if rules else f", none of them {MARGIN:.0%} faster for certain"
-        because = f"{measured}: {batches} {_times(speedups[~covered])}{certain} ({described})"
+    if not packed.all():
+        some = packed.any()
+        batches = f"{_count(~packed)} {'with less padding or work ' if some else ''}ran"
+        certain = "" if some else f", none of them {MARGIN:.0%} faster for certain"
+        because = f"{measured}: {batches} {_times(speedups[~packed])}{certain} ({described})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)
     return (*rules, *beyond, never)
 
@@ -97,6 +100,18 @@ def _beyond(
 
 def _holds(when: StackWhen, sample: StackSample, kind: Literal["cuda", "cpu"]) -> bool:
     return when.holds(kind, sample.padding_share, sample.spared_work, sample.hidden)
+
+
+def _counts(when: StackWhen, sample: StackSample, kind: Literal["cuda", "cpu"]) -> bool:
+    """Whether a sample is one of those that a rule speaks of.
+
+    Lengths are drawn, so that of batches meant to be half padding some have 49.99%: a share that
+    prints as that of the rule is as good as it.
+    """
+    share, least = sample.padding_share, when.min_padding_share or 0.0
+    if round(share, 2) == round(least, 2) and share >= _ALIKE * least:
+        share = max(share, least)
+    return when.holds(kind, share, share * sample.work, sample.hidden)
 
 
 def _width(samples: Sequence[StackSample]) -> float | None:

@@ -50,6 +50,11 @@ class Surroundings(Record):
 
     def slack_us(self, plan: Plan, call: Call) -> float:
         """Device time less host time of the rest of the layer that makes a call."""
+        host_us, device_us = self.rest_us(plan, call)
+        return device_us - host_us
+
+    def rest_us(self, plan: Plan, call: Call) -> tuple[float, float]:
+        """How long the rest of the layer that makes a call keeps host and device busy."""
         encoder = not plan.is_causal and call.q_len > 1
         host_us = self.host_us * (_ENCODER_HOST if encoder else 1.0)
         weights = float(_WEIGHTS * (call.heads * call.head_dim) ** 2)
@@ -57,8 +62,8 @@ class Surroundings(Record):
         read = weights * call.dtype.itemsize
         device_us = max(flops / self.flops_per_us, read / self.bytes_per_us)
         if call.grad:
-            return _TRAINING_DEVICE * device_us - _TRAINING_HOST * host_us
-        return device_us - host_us
+            return _TRAINING_HOST * host_us, _TRAINING_DEVICE * device_us
+        return host_us, device_us
 
 
 def waited_us(host_us: float, device_us: float, slack_us: float) -> float:

@@ -29,11 +29,27 @@ class Target:
         """What a backend refuses on this device."""
         if self.here:
             return backend.refusals(plan, call)
+        absent = self._absent(backend)
+        if absent is not None:
+            return [absent]
         capability = None
         if self.identity is not None and self.identity.capability is not None:
             major, _, minor = self.identity.capability.partition(".")
             capability = (int(major), int(minor or 0))
         return backend.refusals_elsewhere(plan, call, capability)
+
+    def _absent(self, backend: Backend) -> str | None:
+        """What the profile says against a package being where it was measured."""
+        profile = self.found.profile
+        if not backend.packages or profile.versions is None:
+            return None
+        if any(getattr(profile.versions, name) is not None for name in backend.packages):
+            return None
+        # Profiles of before do not say which FlashAttention-3 they have measured.
+        if any(cost.backend == backend.name for cost in profile.costs):
+            return None
+        names = " or ".join(name.replace("_", "-") for name in backend.packages)
+        return f"the profile names no version of {names}"
 
 
 def target_of(given: torch.device | str | None) -> Target:

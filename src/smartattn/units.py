@@ -4,6 +4,39 @@ from __future__ import annotations
 
 #: Ratios of two backends' times are printed from this one on: below it they are about as fast.
 LEAD = 1.05
+#: What such a ratio says, by what it is of, see :class:`~smartattn.profile.Threshold`.
+TIMES_AS_FAST = {
+    "layer": "how many times as fast a whole layer runs as with the next one",
+    "call": "how many times as fast as the next one",
+}
+
+
+def in_words(mode: str, causal: bool, padding: str = "") -> str:
+    """A kind of call as thresholds, maps and pages print it.
+
+    Args:
+        padding: what is said of it, see :data:`LAYOUTS`; "" for nothing.
+    """
+    words = MODES[mode]
+    if mode != "decode":
+        words += ", causal" if causal else ", bidirectional"
+    return f"{words}, {padding}" if padding else words
+
+
+#: Modes and layouts of :class:`~smartattn.features.Regime` in words. What is only "padding" lies on
+#: the left of causal calls, where the right has a name of its own, and anywhere otherwise.
+MODES = {
+    "forward": "forward",
+    "decode": "decode, one query per sequence",
+    "train": "forward and backward",
+}
+LAYOUTS = {
+    "plain": "no padding",
+    "right": "padding on the right",
+    "padded": "padding",
+    "masked": "a window, no padding",
+    "packed": "packed sequences",
+}
 
 
 def format_us(microseconds: float | None) -> str:

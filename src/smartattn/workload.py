@@ -7,7 +7,7 @@ these fields to be fitted again, also with features that did not exist when they
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -93,7 +93,8 @@ class Workload:
             return _packed_lengths(self)
         if self.side == "none" or self.padding_share <= 0:
             return np.full(self.batch, self.kv_len, dtype=np.int64)
-        return _padded_lengths(self)
+        shape = (self.batch, self.padding_share, self.kv_len)
+        return _padded_lengths(self.seed, *shape, self.spread)
 
     @property
     def shift(self) -> int:
@@ -216,6 +217,16 @@ class Workload:
         return tensors + 2 * mask
 
 
+def usual_memory(mode: Mode, causal: bool, side: Side) -> Memory:
+    """Where keys and values lie in the models that make such calls.
+
+    A decoder has a cache unless told otherwise, which concatenates those of a prefill too.
+    Training, packed sequences and encoders have none.
+    """
+    cached = mode == "decode" or (mode == "forward" and causal and side != "packed")
+    return "concatenated" if cached else "transposed"
+
+
 def as_padded(workload: Workload, seeds: int = 64) -> Workload:
     """The workload with the seed, of the first few, whose padding is closest to what is aimed at.
 
@@ -223,17 +234,27 @@ def as_padded(workload: Workload, seeds: int = 64) -> Workload:
     """
     if workload.side not in ("left", "right"):
         return workload
-    wanted = (1 - workload.padding_share) * workload.batch * workload.kv_len
-    drawn = (replace(workload, seed=seed) for seed in range(seeds))
-    return min(drawn, key=lambda one: abs(int(one.lengths.sum()) - wanted))
+    shape = (workload.batch, workload.padding_share, workload.kv_len)
+    return replace(workload, seed=_closest_seed(*shape, workload.spread, seeds))
 
 
-def _padded_lengths(workload: Workload) -> IntArray:
-    rng = np.random.default_rng(workload.seed)
-    batch, share, width = workload.batch, workload.padding_share, workload.kv_len
-    if workload.spread == "same" or batch == 1:
+@lru_cache(maxsize=4096)
+def _closest_seed(batch: int, share: float, width: int, spread: Spread, seeds: int) -> int:
+    wanted = (1 - share) * batch * width
+    if batch == 1 or spread == "same":
+        return 0
+
+    def off(seed: int) -> float:
+        return abs(int(_padded_lengths(seed, batch, share, width, spread).sum()) - wanted)
+
+    return min(range(seeds), key=off)
+
+
+def _padded_lengths(seed: int, batch: int, share: float, width: int, spread: Spread) -> IntArray:
+    rng = np.random.default_rng(seed)
+    if spread == "same" or batch == 1:
         lengths = np.full(batch, (1 - share) * width)
-    elif workload.spread == "skewed":
+    elif spread == "skewed":
         full = max(1, round(batch * min(0.125, (1 - share) / 2)))
         short = width * max(batch * (1 - share) - full, 0) / (batch - full)
         lengths = short * rng.uniform(0.8, 1.2, batch)

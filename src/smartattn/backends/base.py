@@ -95,6 +95,8 @@ class Backend(ABC):
     walks: ClassVar[Walk]
     #: Thread blocks of a decoding step that a multiprocessor of a GPU runs at once.
     blocks_per_processor: ClassVar[int] = 1
+    #: Names in :class:`~smartattn.machine.Versions` of the packages one of which it needs.
+    packages: ClassVar[tuple[str, ...]] = ()
     #: Considered only when every other backend refuses.
     last_resort: ClassVar[bool] = False
     #: Never quarantined: where it fails, nothing else is left to run.
@@ -123,7 +125,7 @@ class Backend(ABC):
     def refusals_elsewhere(
         self, plan: Plan, call: Call, capability: tuple[int, int] | None
     ) -> list[str]:
-        """The same on another machine, which has all packages; ``capability`` is its GPU's."""
+        """The same on another machine that has its package; ``capability`` is its GPU's."""
         declared = declared_refusals(self.support, call, capability)
         return declared + self.further_refusals(plan, call)
 

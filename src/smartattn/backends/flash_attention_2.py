@@ -95,6 +95,7 @@ class FlashAttention2Backend(Backend):
     """
 
     name = "flash_attention_2"
+    packages = ("flash_attn",)
     walks = "sequences"
     blocks_per_processor = FLASH_2_BLOCKS
     support = Support(

@@ -93,6 +93,7 @@ class FlashAttention3Backend(Backend):
     """
 
     name = "flash_attention_3"
+    packages = ("fa3_fwd", "flash_attn_3")
     walks = "sequences"
     support = Support(
         devices=frozenset({"cuda"}),

@@ -89,6 +89,7 @@ class FlashAttention4Backend(Backend):
     """
 
     name = "flash_attention_4"
+    packages = ("flash_attn_4",)
     walks = "sequences"
     support = Support(
         devices=frozenset({"cuda"}),
