@@ -64,6 +64,7 @@ class Altered(Backend):
     """sdpa_unpadded under another name, with an error in what it computes."""
 
     name = "altered"
+    walks = "padded"
     support = Support()
 
     def __init__(self, alter: Any) -> None:
@@ -237,7 +238,7 @@ def test_gpus_are_asked_about_rows_of_several_lengths_where_a_kernel_takes_them(
 
 def test_whether_a_kernel_takes_rows_of_several_lengths() -> None:
     class Varlen(type(SDPA)):  # type: ignore[misc]
-        name = "torch_varlen"
+        walks = "sequences"
 
     assert takes_sequences(CPU, (SDPA, Varlen()))
     assert not takes_sequences(CPU, (SDPA, UNPADDED))
