@@ -153,11 +153,7 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool, pitch: int)
             the other heads, and counts as padding.
     """
     sequences = _of(plan)
-    if not sequences.contiguous:
-        raise ValueError("tokens with holes between them cannot be read in place")
-    q_start, q_length = sequences.q_start, sequences.q_length
-    if not pack_queries:
-        q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
+    q_start, q_length = _queries_in_place(plan, pack_queries)
     cu_q = _alternating(sequences.row * plan.q_len + q_start, q_length, plan.batch * plan.q_len)
     k_start = sequences.row * pitch + sequences.k_start
     total_k = (plan.batch - 1) * pitch + plan.kv_len
@@ -206,14 +202,20 @@ def sequence_bounds(plan: Plan, pack_queries: bool) -> SequenceBounds:
     ``pack_queries`` False computes every query of a row, padding included.
     """
     sequences = _of(plan)
-    if not sequences.contiguous:
-        raise ValueError("tokens with holes between them cannot be read in place")
-    q_start, q_length = sequences.q_start, sequences.q_length
-    if not pack_queries:
-        q_start, q_length = np.zeros_like(q_start), np.full_like(q_length, plan.q_len)
+    q_start, q_length = _queries_in_place(plan, pack_queries)
     written = q_length if plan.is_packed else np.full_like(q_length, plan.q_len)
     facts = (sequences.row, q_start, q_length, sequences.k_start, sequences.k_length, written)
     return SequenceBounds(upload(np.stack(facts), plan.device), int(written.max(initial=0)))
+
+
+def _queries_in_place(plan: Plan, pack_queries: bool) -> tuple[IntArray, IntArray]:
+    """The first query of each sequence and their number, all of a row unless they are packed."""
+    sequences = _of(plan)
+    if not sequences.contiguous:
+        raise ValueError("tokens with holes between them cannot be read in place")
+    if pack_queries:
+        return sequences.q_start, sequences.q_length
+    return np.zeros_like(sequences.q_start), np.full_like(sequences.q_length, plan.q_len)
 
 
 def upload(values: IntArray, device: torch.device) -> torch.Tensor:

@@ -40,6 +40,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def handicap(device: torch.device) -> str | None:
+    """What it means for a kernel that needs its tails cleared if they cannot be."""
+    reason = unavailable(device) if device.type == "cuda" else None
+    return None if reason is None else f"padded batches are gathered, since {reason}"
+
+
 def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
     """Replaces NaN and infinity by zero where padding follows a sequence, within a tile of it.
 

@@ -114,12 +114,7 @@ class FlashAttention3Backend(Backend):
         return None if self.unavailable() is None else "pip install fa3-fwd"
 
     def handicap(self, device: torch.device) -> str | None:
-        if device.type != "cuda" or self.unavailable() is not None:
-            return None
-        reason = tails.unavailable(device)
-        if reason is None:
-            return None
-        return f"padded batches are gathered, since {reason}"
+        return None if self.unavailable() is not None else tails.handicap(device)
 
     def further_refusals(self, plan: Plan, call: Call) -> list[str]:
         reasons = varlen_refusals(plan, call)

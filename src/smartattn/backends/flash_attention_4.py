@@ -118,12 +118,7 @@ class FlashAttention4Backend(Backend):
         return install
 
     def handicap(self, device: torch.device) -> str | None:
-        if device.type != "cuda" or self.unavailable() is not None:
-            return None
-        reason = tails.unavailable(device)
-        if reason is None:
-            return None
-        return f"padded batches are gathered, since {reason}"
+        return None if self.unavailable() is not None else tails.handicap(device)
 
     def refusals(self, plan: Plan, call: Call) -> list[str]:
         if (reason := on_rocm() or _missing()) is None:
