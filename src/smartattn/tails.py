@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .layouts import LONGEST_TILE, VarlenLayout
+from .machine import one_line
 from .triton_launch import Launcher
 
 #: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
@@ -35,8 +36,12 @@ def unavailable(device: torch.device) -> str | None:
         for dtype in (torch.bfloat16, torch.float16):
             for width in _ELEMENTS:
                 _clear(torch.zeros(2, 1, width, dtype=dtype, device=device), bounds)
+    except torch.OutOfMemoryError:
+        raise
     except NotImplementedError as error:
         return str(error)
+    except RuntimeError as error:  # of the driver
+        return f"no Triton kernel can be launched: {one_line(str(error))}"
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
+from ..machine import one_line
 from ..packing import packs_queries, varlen_refusals
 from ..plan import Padding, Pattern, Plan
 from ..triton_launch import Launcher
@@ -48,8 +49,12 @@ def _broken(device: torch.device) -> str | None:
     try:
         # No result is read back: layers ask, and they never wait for the device.
         _bind(plan, Call(device, states.dtype, 1, 1, 1, 1, 1, 64, 64))(states, states, states, {})
+    except torch.OutOfMemoryError:
+        raise
     except NotImplementedError as error:
         return str(error)
+    except RuntimeError as error:  # of the driver
+        return f"no Triton kernel can be launched: {one_line(str(error))}"
     return None
 
 
