@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("src") / "smartattn"
-COPIED = ("src", "tests", "calibration", "examples", "benchmarks", "pyproject.toml")
+COPIED = ("src", "tests", "calibration", "examples", "benchmarks", "docs/data", "pyproject.toml")
 TIMEOUT_S = 600
 
 
@@ -205,8 +205,8 @@ MUTATIONS = (
     Mutation(
         "a kernel built for aligned values reads others",
         "tails.py",
-        "values.data_ptr() % 16 == 0, kind)",
-        "True, kind)",
+        "address % 16 == 0, facts)",
+        "True, facts)",
         TAILS,
     ),
     Mutation(
@@ -1145,7 +1145,7 @@ MUTATIONS = (
     Mutation(
         "the heads of a group share a tile that they fill alone",
         "backends/flash_attention_3.py",
-        "if sequences or _filled(",
+        "if shared or _filled(",
         "if True or _filled(",
         ("tests/test_fit.py", "-k", "tiles"),
     ),

@@ -570,7 +570,7 @@ def test_building_for_kinds_is_not_measuring(
     monkeypatch.setitem(measuring.NAMED, "kinds", backend)
     measuring._built_for.cache_clear()
     start = time.monotonic()
-    done = calibrate(quick(4.0), backends=(SDPA, UNPADDED, backend), lock=False)
+    done = calibrate(quick(2.5), backends=(SDPA, UNPADDED, backend), lock=False)
     took = time.monotonic() - start
     measuring._built_for.cache_clear()
     # The others have more heads per group.
