@@ -4,7 +4,10 @@ Run from the repository's root on a Hopper GPU: ``python -m benchmarks.flash_3``
 are of several lengths are scheduled by a kernel of their own, unless they bring the schedule along
 (``schedule``), which all layers of a forward could share. The heads of a group share a tile in such
 calls, which short sequences need, and which takes another way to load queries (``apart``: they do
-not). Microseconds of the host and the device, beside what is asked for now.
+not). Padding between sequences is left out if the queries in use are told (``used``), where
+zeros are written and NaN is cleared by a kernel of smartattn; it is given as sequences of its own
+otherwise, or the first key of each row is (``bounds``). Microseconds of the host and the device,
+beside what is asked for without a word.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from smartattn import tails
 from smartattn.backends import flash_attention_3
+from smartattn.layouts import used_layout
+from smartattn.plan import Pattern, Plan
 from smartattn.timing import interleaved
 
 from . import common
 
-FORMS = ("now", "schedule", "apart", "schedule, apart")
+FORMS = ("now", "schedule", "apart", "schedule, apart", "used", "used, apart", "bounds")
 #: Largest difference of two forms, relative to the largest value.
 _TOLERANCE = 2e-2
 
@@ -53,6 +59,10 @@ SHAPES = (
     Shape("prefill", True, 8, 256, 32, 8, 64),
     Shape("prefill", True, 8, 1024, 32, 8, 128),
     Shape("prefill", True, 4, 16384, 32, 8, 64),
+    Shape("in place", True, 8, 512, 32, 8, 128),
+    Shape("in place", True, 32, 512, 16, 16, 128),
+    Shape("in place", True, 8, 1024, 32, 8, 128),
+    Shape("in place", True, 8, 2048, 32, 8, 64),
     Shape("in place", True, 8, 4096, 32, 8, 64),
     Shape("in place", True, 4, 16384, 32, 8, 64),
     Shape("in place", True, 4, 16384, 32, 8, 128),
@@ -101,7 +111,8 @@ def forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Te
         used, q_len, kv_len = integers(lengths), longest, longest
     elif shape.how == "in place":
         total, longest = shape.batch * shape.length, shape.length
-        ends = np.arange(1, shape.batch + 1) * longest
+        starts = np.arange(shape.batch) * longest
+        ends = starts + longest
         bounds = integers([0, *np.stack([ends - lengths, ends], 1).reshape(-1), total])
         queries, keys = (total, shape.heads, shape.dim), (total, shape.kv_heads, shape.dim)
         used = np.zeros(2 * shape.batch + 1)
@@ -126,26 +137,63 @@ def forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], torch.Te
         )  # fmt: skip
         return made
 
+    def told(pack_gqa: bool | None) -> Callable[[], torch.Tensor]:
+        """What :mod:`smartattn.backends.flash_attention_3` does in place."""
+        real = np.arange(shape.length) >= shape.length - lengths[:, None]
+        plan = Plan(
+            shape.batch, shape.length, shape.length,
+            Pattern.CAUSAL if shape.causal else Pattern.BIDIRECTIONAL, device, real=real,
+        )  # fmt: skip
+        layout = used_layout(plan, True, shape.length)
+        options = given | {"pack_gqa": pack_gqa, "seqused_q": layout.used_q}
+        options |= {"cu_seqlens_q": layout.cu_seqlens_q, "cu_seqlens_k": layout.cu_seqlens_k}
+        options |= {"seqused_k": layout.used_k}
+
+        def call() -> torch.Tensor:
+            output = torch.empty_like(given["q"])
+            tails.clear(layout, given["v"], output)
+            made: torch.Tensor = operator(*(options | {"out": output}).values())[0]
+            return made
+
+        return call
+
+    def bounded() -> Callable[[], torch.Tensor]:
+        """With the first key of each row, beside which nothing need be cleared."""
+        whole = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
+        rows = {name: given[name].unflatten(0, (shape.batch, -1)) for name in "qkv"}
+        none = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        first = {"seqused_k": whole, "leftpad_k": integers(shape.length - lengths)}
+        values = tuple((given | rows | dict.fromkeys(none) | first).values())
+        return lambda: operator(*values)[0].flatten(0, 1)
+
     def asked(name: str) -> Callable[[], torch.Tensor]:
         pack_gqa = False if "apart" in name else None
+        if "used" in name:
+            return told(pack_gqa)
+        if name == "bounds":
+            return bounded()
         metadata = schedule(pack_gqa) if "schedule" in name else None
         options = given | {"pack_gqa": pack_gqa, "scheduler_metadata": metadata}
         values = tuple(options.values())
         return lambda: operator(*values)[0]
 
-    return {
-        name: asked(name) for name in FORMS if shape.heads > shape.kv_heads or "apart" not in name
-    }
+    in_place = shape.how == "in place"
+    names = [name for name in FORMS if in_place or not name.startswith(("used", "bounds"))]
+    grouped = shape.heads > shape.kv_heads
+    return {name: asked(name) for name in names if grouped or "apart" not in name}
 
 
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", default="", help="those that are asked in this way")
     parser.add_argument("--seconds", type=float, default=0.3, help="per call")
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     rows = []
     for shape in SHAPES:
+        if not shape.how.startswith(arguments.only):
+            continue
         made = forms(shape, device)
         reference = made["now"]()
         cells, working = {}, {}

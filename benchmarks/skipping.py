@@ -3,8 +3,9 @@
 Run from the repository's root: ``python -m benchmarks.skipping --help``. Real tokens never see what
 comes after them, so that the padded tensors can be handed over as they are (``dense``), and the
 padding is computed; or as one row of sequences, between which it is skipped (``in place``). Both
-are timed against the same kernel on tokens that were packed beforehand, without gradients. What
-keeps NaN in the padding from FlashAttention-3 is timed by leaving it out (``not cleared``).
+are timed against the same kernel on tokens that were packed beforehand, without gradients. Another
+way of FlashAttention-3 is timed beside them: the padding as sequences of its own without keys, for
+which it writes zeros (``own blocks``), without keeping NaN in the padding from its tiles.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .calls import packed_beforehand
 from .common import mean_of, number
 
 BACKENDS = ("flash_attention_2", "flash_attention_3", "torch_varlen")
-FORMS = ("dense", "in place", "not cleared")
+FORMS = ("dense", "in place", "own blocks")
 #: Largest difference of two forms at real tokens, relative to the largest value.
 _TOLERANCE = 2e-2
 
@@ -116,8 +117,8 @@ def measure(
         "in place": _bound(backend, plan, call, -math.inf),
     }
     if workload.model == "flash_attention_3":
-        kernel = flash_attention_3._varlen(plan, call, clear=False)
-        runners["not cleared"] = bind_varlen(kernel, Route.IN_PLACE, plan, call, used_keys=True)
+        kernel = flash_attention_3._varlen(plan, call, in_place=False)
+        runners["own blocks"] = bind_varlen(kernel, Route.IN_PLACE, plan, call, used_keys=True)
     packed_plan, packed_call, states = packed_beforehand(shape, tensors)
     run_packed = backend.bind(packed_plan, packed_call)
     forms: dict[str, Callable[[], torch.Tensor]] = {

@@ -1,20 +1,24 @@
-"""What it costs to keep NaN in the padding from FlashAttention-3, by how its kernel is launched.
+"""What it costs to clear padding for FlashAttention-3, by how the kernel for it is launched.
 
 Run from the repository's root on a GPU: ``python -m benchmarks.tails``. "jit" is Triton's own way,
-which looks at every argument of each launch; "built" launches what it built the last time.
+which looks at every argument of each launch; "built" launches what it built the last time. It keeps
+NaN among the values from tiles ("values"), and writes zeros for the padding's outputs ("all"); the
+latter beside filling a tensor of as many elements by torch ("zeros").
 """
 
 from __future__ import annotations
 
 import argparse
+from unittest import mock
 
 import numpy as np
 import torch
 
 from smartattn import tails
-from smartattn.layouts import in_place_layout
+from smartattn.layouts import used_layout
 from smartattn.plan import Pattern, Plan
 from smartattn.timing import interleaved
+from smartattn.triton_launch import Launcher
 
 from . import common
 
@@ -29,42 +33,36 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if (reason := tails.unavailable(device)) is not None:
         raise SystemExit(reason)
-    from smartattn.triton_kernels import clear_kernel
-
     rows = []
     for batch, kv_len, heads, dim in SHAPES:
         lengths = np.random.default_rng(0).integers(1, kv_len, batch, endpoint=True)
         real = np.arange(kv_len) < lengths[:, None]
         plan = Plan(batch, kv_len, kv_len, Pattern.BIDIRECTIONAL, device, real=real)
-        layout = in_place_layout(plan, True, True, kv_len)
-        bounds = layout.tails
-        assert bounds is not None
+        layout = used_layout(plan, True, kv_len)
+        assert layout.gaps is not None
         values = torch.randn(batch * kv_len, heads, dim, dtype=torch.bfloat16, device=device)
-        launch = tails._Launch.of(*values.stride()[:2], heads, dim)
-        grid = (len(bounds) // 2, *launch.programs)
-        tokens, elements = launch.sizes
+        output = torch.empty_like(values)
+        padding = torch.empty(int((~real).sum()), heads, dim, dtype=values.dtype, device=device)
+        jit = Launcher("clear_kernel", *tails._launcher._constants)
+        jit._direct = False
 
-        def jit() -> None:
-            with torch.cuda.device(device):
-                clear_kernel[grid](  # noqa: B023
-                    values, bounds, *launch.strides,  # noqa: B023
-                    TOKENS=tokens, ELEMENTS=elements,  # noqa: B023
-                )  # fmt: skip
+        def by_triton(launcher: Launcher = jit) -> None:
+            with mock.patch.object(tails, "_launcher", launcher):
+                tails.clear(layout, values)  # noqa: B023
 
-        def built() -> None:
-            tails.clear_tails(values, layout)  # noqa: B023
-
-        for function in (jit, built, built):
+        functions = {
+            "jit": by_triton,
+            "values": lambda: tails.clear(layout, values),  # noqa: B023
+            "all": lambda: tails.clear(layout, values, output),  # noqa: B023
+            "zeros": padding.zero_,
+        }
+        for function in functions.values():
             function()
-        times = interleaved(
-            {"jit": jit, "built": built}, device, max_rounds=ROUNDS, seconds=SECONDS, spread=0.0
-        )
-        shown = [times["jit"].host_us, times["built"].host_us]
-        shown += [times["jit"].device_us, times["built"].device_us]
-        rows.append((f"{batch}x{kv_len} {heads}x{dim}", *(f"{us:.1f}" for us in shown)))
-    print(torch.cuda.get_device_name(device))
-    header = ("values", "host, jit", "host, built", "device, jit", "device, built")
-    print(common.markdown(header, rows))
+        times = interleaved(functions, device, max_rounds=ROUNDS, seconds=SECONDS, spread=0.0)
+        shown = [f"{one.host_us:.1f}, {one.device_us:.1f}" for one in times.values()]
+        rows.append((f"{batch}x{kv_len} {heads}x{dim}", *shown))
+    print(f"{torch.cuda.get_device_name(device)}: host, device\n")
+    print(common.markdown(("values", *functions), rows))
 
 
 if __name__ == "__main__":

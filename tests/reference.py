@@ -130,6 +130,8 @@ def varlen_attention(
     scale: float | None,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    used_q: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What a variable-length flash kernel computes, and what it demands of its arguments.
 
@@ -141,32 +143,39 @@ def varlen_attention(
         k, v: (total_k, kv_heads, head_dim or value_head_dim).
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32.
         used_k: (sequences,) int32, how many of a sequence's keys count, the first ones.
+        used_q: the same of its queries; those that do not count are not written.
+        output: (total_q, heads, value_head_dim), what is written; a new tensor if not given.
     """
-    lengths_k = cu_seqlens_k.diff()
-    if used_k is None:
-        used_k = lengths_k
-    assert used_k.dtype == torch.int32
-    assert bool(((used_k >= 0) & (used_k <= lengths_k)).all())
-    for name, states, bounds, longest in (
-        ("query", q, cu_seqlens_q, max_seqlen_q),
-        ("key", k, cu_seqlens_k, max_seqlen_k),
-        ("value", v, cu_seqlens_k, max_seqlen_k),
+    lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    sparing = used_q is not None
+    assert sparing == (output is not None)
+    used_q = lengths_q if used_q is None else used_q
+    used_k = lengths_k if used_k is None else used_k
+    for used, lengths in ((used_q, lengths_q), (used_k, lengths_k)):
+        assert used.dtype == torch.int32
+        assert used.shape == lengths.shape
+        assert bool(((used >= 0) & (used <= lengths)).all())
+    for name, states, bounds, used, longest in (
+        ("query", q, cu_seqlens_q, used_q, max_seqlen_q),
+        ("key", k, cu_seqlens_k, used_k, max_seqlen_k),
+        ("value", v, cu_seqlens_k, used_k, max_seqlen_k),
     ):
         assert states.ndim == 3, name
         assert bounds.dtype == torch.int32, name
         lengths = bounds.diff()
-        assert int(bounds[0]) == 0, name
+        assert int(bounds[0]) == 0 or (sparing and int(bounds[0]) > 0), name
         assert bool((lengths >= 0).all()), name
         # A kernel reads out of bounds without this one, and leaves out tokens without the next.
         assert int(bounds[-1]) == states.shape[0], name
-        assert int((lengths if name == "query" else used_k).max()) <= longest, name
+        assert int(used.max()) <= longest, name
     assert len(cu_seqlens_q) == len(cu_seqlens_k)
     # FlashAttention-2 takes a longest query of 1 for exactly one query in every sequence.
     assert max_seqlen_q > 1 or bool((cu_seqlens_q.diff() == 1).all())
     pieces = []
-    spans_q, spans_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i, used in enumerate(used_k.tolist()):
-        queries, keys = slice(*spans_q[i : i + 2]), slice(spans_k[i], spans_k[i] + used)
+    starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    counts = zip(used_q.tolist(), used_k.tolist(), strict=True)
+    for (first_q, first_k), (some_q, some_k) in zip(starts, counts, strict=False):
+        queries, keys = slice(first_q, first_q + some_q), slice(first_k, first_k + some_k)
         pieces.append(
             dense_attention(
                 q[None, queries],
@@ -177,7 +186,9 @@ def varlen_attention(
                 softcap=softcap,
             )[0]
         )
-    return torch.cat(pieces)
+        if output is not None:
+            output[queries] = pieces[-1]
+    return torch.cat(pieces) if output is None else output
 
 
 def dense_attention(

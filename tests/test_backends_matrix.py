@@ -224,19 +224,24 @@ def _scaled_dot_product_flash_attention(
     return [dense_attention(*states, scale=scale, window=window).transpose(1, 2)]
 
 
-def _clear_tails(values: torch.Tensor, layout: Any) -> None:
-    """What the Triton kernel does."""
-    bounds = [] if layout.tails is None else layout.tails.tolist()
-    for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+def _clear(layout: Any, values: torch.Tensor, output: torch.Tensor | None = None) -> None:
+    """What the Triton kernel does, in an output that holds NaN."""
+    if output is not None:
+        output.fill_(torch.nan)
+    for first, last, begin, end in [] if layout.gaps is None else layout.gaps.tolist():
         tail = values[first:last]
         if not tail.isfinite().all():
             tail.nan_to_num_(0.0, 0.0, 0.0)
+        if output is not None:
+            assert end - begin <= layout.longest_gap
+            output[begin:end] = 0.0
 
 
-def _check_tiles(v: torch.Tensor, cu_q: Any, cu_k: Any, used_k: Any) -> None:
+def _check_tiles(v: torch.Tensor, cu_q: Any, cu_k: Any, used_k: Any, used_q: Any = None) -> None:
     """What is loaded with the last tile of a sequence is multiplied by zero, and NaN stays NaN."""
     for i in range(len(cu_q) - 1):
-        if cu_q[i] < cu_q[i + 1] and (used_k is None or used_k[i]):
+        queries = cu_q[i + 1] - cu_q[i] if used_q is None else used_q[i]
+        if queries and (used_k is None or used_k[i]):
             end = cu_k[i + 1] if used_k is None else cu_k[i] + used_k[i]
             assert bool(v[end : end + LONGEST_TILE].isfinite().all()), "NaN in a tile"
 
@@ -251,6 +256,7 @@ def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
     cu_q, cu_k = given.pop("cu_seqlens_q"), given.pop("cu_seqlens_k")
     max_q, max_k = given.pop("max_seqlen_q"), given.pop("max_seqlen_k")
     used_k, start = given.pop("seqused_k"), given.pop("leftpad_k")
+    used_q, output = given.pop("seqused_q"), given.pop("out")
     assert given.pop("num_splits") in (0, 1)
     assert all(value in (None, 0, False) for value in given.values())
     settings = {
@@ -260,8 +266,10 @@ def _fa3_fwd(*arguments: Any) -> list[torch.Tensor]:
     }
     if cu_q is not None:
         assert start is None
-        _check_tiles(v, cu_q, cu_k, used_k)
+        _check_tiles(v, cu_q, cu_k, used_k, used_q)
+        settings |= {"used_q": used_q, "output": output}
         return [varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, used_k, **settings)]
+    assert used_q is output is None
     if start is not None:
         return [bounded_attention(q, k, v, start, used_k, **settings)]
     return [dense_attention(q, k, v, **settings)]
@@ -375,7 +383,7 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         torch_varlen, "_dense_operator", lambda: _scaled_dot_product_flash_attention
     )
     monkeypatch.setattr(tails, "unavailable", lambda device: None)
-    monkeypatch.setattr(tails, "clear_tails", _clear_tails)
+    monkeypatch.setattr(tails, "clear", _clear)
     monkeypatch.setattr(triton_varlen, "_broken", lambda device: None)
     monkeypatch.setattr(triton_varlen, "_launch", _attention_kernel)
 
@@ -995,9 +1003,9 @@ def test_heads_of_long_sequences_stay_apart(
     backend = flash_attention_3.FlashAttention3Backend()
     how = flash_attention_3._route(plan, call, in_place=True)
     assert how is (Route.IN_PLACE if apart else Route.KEY_BOUNDS)
-    kernel = flash_attention_3._varlen(plan, call, clear=False)
+    kernel = flash_attention_3._varlen(plan, call, in_place=False)
     states = torch.empty(1, 1, head_dim)
-    kernel(states, states, states, plan.in_place(True, True, length))
+    kernel(states, states, states, plan.used(True, length))
     assert asked == [(False if apart else None, True)]
     rows = backend.tile(plan, call)[0]
     assert rows == {64: 192, 128: 128}[head_dim]

@@ -262,7 +262,7 @@ def test_padding_in_place_has_queries_without_keys_or_keys_without_queries(seed:
     real = (places >= start[:, None]) & (places < (start + length)[:, None])
     plan = Plan(batch, width, width, Pattern.CAUSAL, CPU, real=real)
     layout = plan.in_place(True, False, width)
-    assert layout.used_k is layout.tails is None
+    assert layout.used_q is layout.used_k is layout.gaps is None
     q, k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
     assert q[0] == k[0] == 0
     assert q[-1] == k[-1] == batch * width
@@ -403,8 +403,10 @@ def rows(draw: Any) -> tuple[np.ndarray[Any, Any], int, int]:
 
 
 @thorough
-@given(rows(), st.booleans(), st.integers(1, 6))
-def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: int) -> None:
+@given(rows(), st.booleans(), st.integers(1, 6), st.booleans())
+def test_sequences_are_found_where_they_lie(
+    given_: Any, by_head: bool, tile: int, told: bool
+) -> None:
     """Keys by token and by head: the same sequences, no copy, and no NaN within a tile of them."""
     real, heads = given_
     batch, width = real.shape
@@ -416,12 +418,16 @@ def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: in
     _, pitch = where_keys_lie(keys, keys)
     plan = Plan(batch, width, width, Pattern.BIDIRECTIONAL, CPU, real=real)
     with mock.patch.object(layouts, "LONGEST_TILE", tile):
-        layout = plan.in_place(True, True, pitch)
+        layout = plan.used(True, pitch) if told else plan.in_place(True, True, pitch)
     row = _in_a_row(keys, pitch)
     assert row.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     assert layout.total_k == len(row) == int(layout.cu_seqlens_k[-1])
     bounds, used = layout.cu_seqlens_k.tolist(), layout.used_k.tolist()
-    assert used[::2] == [0] * len(used[::2])
+    if told:
+        _check_used_queries(layout, real)
+    else:
+        assert used[::2] == [0] * len(used[::2])
+        assert layout.used_q is None
     found = [row[bounds[i] : bounds[i] + used[i]] for i in range(len(used)) if used[i]]
     expected = [keys[i][:, torch.from_numpy(r)].transpose(0, 1) for i, r in enumerate(real)]
     assert len(found) == sum(len(e) > 0 for e in expected)
@@ -430,8 +436,9 @@ def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: in
     # What a tile may reach of the padding is cleared, and nothing that is real.
     kept = keys.clone()
     keys.masked_fill_(torch.from_numpy(~real)[:, None, :, None], torch.nan)
-    for first, last in torch.reshape(layout.tails, (-1, 2)) if layout.tails is not None else ():
-        assert first < last <= first + tile
+    for first, last, *outputs in layout.gaps.tolist() if layout.gaps is not None else ():
+        assert first < last <= first + tile or (told and first == last == 0)
+        assert told or outputs == [0, 0]
         row[first:last] = 0.0
     for i, length in enumerate(used):
         if length:
@@ -439,6 +446,34 @@ def test_sequences_are_found_where_they_lie(given_: Any, by_head: bool, tile: in
     assert torch.equal(
         keys.transpose(1, 2)[torch.from_numpy(real)], kept.transpose(1, 2)[torch.from_numpy(real)]
     )
+
+
+def _check_used_queries(layout: VarlenLayout, real: np.ndarray[Any, Any]) -> None:
+    """They are the real ones, and all others are cleared once."""
+    assert layout.used_q is not None
+    covered = np.zeros(real.size, dtype=int)
+    starts, used = layout.cu_seqlens_q.tolist(), layout.used_q.tolist()
+    assert starts[-1] == layout.total_q == real.size
+    assert max(used) <= layout.max_seqlen_q
+    for first, count in zip(starts, used, strict=False):
+        covered[first : first + count] += 1
+    assert np.array_equal(covered == 1, real.reshape(-1))
+    gaps = [] if layout.gaps is None else layout.gaps.tolist()
+    for *_, first, last in gaps:
+        assert first <= last
+        covered[first:last] += 1
+    assert (covered == 1).all()
+    assert layout.longest_gap == max((last - first for *_, first, last in gaps), default=0)
+
+
+def test_all_queries_of_cross_attention_are_used() -> None:
+    real = np.arange(6) < np.array([6, 2])[:, None]
+    plan = Plan(2, 3, 6, Pattern.BIDIRECTIONAL, CPU, real=real)
+    layout = plan.used(False, 6)
+    facts = (layout.cu_seqlens_q, layout.used_q, layout.used_k, layout.gaps)
+    found = [fact.tolist() for fact in facts if fact is not None]
+    assert found == [[0, 3, 6], [3, 3], [6, 2], [[8, 12, 0, 0]]]
+    assert layout.longest_gap == 0
 
 
 def test_layers_whose_keys_lie_otherwise_share_a_runner() -> None:
@@ -479,7 +514,8 @@ def test_kernels_for_sequences_get_the_keys_themselves(layout: str) -> None:
 
     call = _call(plan, self_attention=True, token_major_keys=token_major, key_pitch=pitch)
     bind_in_place(kernel, plan, call, used_keys=True)(query, key, value, {})
-    assert seen == [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
+    bind_in_place(kernel, plan, call, used_queries=True)(query, key, value, {})
+    assert seen == 2 * [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
 
 
 def test_features_and_route_agree_on_what_is_skipped() -> None:

@@ -71,10 +71,25 @@ def test_tails_are_cleared_where_they_are_not_finite(
     values = states.transpose(0, 1) if heads_first else states
     values[::7] = torch.nan
     values[5::11, :, ::3] = torch.inf
-    bounds = torch.tensor([7, 9, 50, 50 + LONGEST_TILE], dtype=torch.int32)
+    gaps = torch.tensor([[7, 9, 0, 0], [50, 50 + LONGEST_TILE, 0, 0]], dtype=torch.int32)
     expected = values.clone()
-    for first, last in bounds.view(2, 2).tolist():
+    for first, last in gaps[:, :2].tolist():
         expected[first:last] = expected[first:last].nan_to_num(0.0, 0.0, 0.0)
-    tails._clear(values, bounds)
+    tails._clear(gaps, values, None, 0)
     assert torch.equal(values.nan_to_num(-7.0), expected.nan_to_num(-7.0))
     assert not bool(torch.isnan(values[50 : 50 + LONGEST_TILE]).any())
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(1, 8), (3, 80), (20, 128), (4, 256)])
+def test_outputs_of_padding_become_zeros_and_no_others(heads: int, dim: int) -> None:
+    values = torch.full((40, 2, dim), torch.nan, dtype=torch.float16)
+    output = torch.full((300, heads, dim), torch.nan, dtype=torch.float16)
+    spans = [(0, 3), (10, 10), (11, 12), (100, 299)]
+    gaps = torch.tensor([[5 * i, 5 * i + 2, *span] for i, span in enumerate(spans)])
+    tails._clear(gaps.int(), values, output, 199)
+    for first, last in spans:
+        assert bool((output[first:last] == 0.0).all())
+        output[first:last] = torch.nan
+    assert bool(output.isnan().all())
+    cleared = [i for i in range(40) if not bool(values[i].isnan().any())]
+    assert cleared == [0, 1, 5, 6, 10, 11, 15, 16]

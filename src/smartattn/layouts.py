@@ -48,10 +48,12 @@ class VarlenLayout:
 
     ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 of shape (sequences + 1,). ``q_index`` and
     ``k_index`` hold, for every packed token, its place in the flattened (batch * length) tokens;
-    None means that all tokens are taken in order and nothing has to be gathered. ``used_k``, int32
-    of shape (sequences,), says how many keys of each sequence are real; None means all. ``tails``,
-    int32 of shape (2 * gaps,), holds first and last place (exclusive) of the padding that follows
-    on sequences within a tile; None where there is none, or nobody asks.
+    None means that all tokens are taken in order and nothing has to be gathered. ``used_q`` and
+    ``used_k``, int32 of shape (sequences,), say how many queries and keys of each sequence are
+    real, the first ones; None means all. ``gaps``, int32 of shape (gaps, 4), is what
+    :func:`smartattn.tails.clear` clears: first and last place (exclusive) of the keys' padding
+    that follows on sequences within a tile, and of the outputs that the kernel leaves out, of which
+    the longest gap has ``longest_gap``. None where there is nothing, or nobody asks.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -62,8 +64,10 @@ class VarlenLayout:
     total_k: int
     q_index: torch.Tensor | None = None
     k_index: torch.Tensor | None = None
+    used_q: torch.Tensor | None = None
     used_k: torch.Tensor | None = None
-    tails: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
+    longest_gap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +162,15 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool, pitch: int)
     k_start = sequences.row * pitch + sequences.k_start
     total_k = (plan.batch - 1) * pitch + plan.kv_len
     cu_k = _alternating(k_start, sequences.k_length, total_k)
-    used_k = tails = None
+    used_k = gaps = None
     if used_keys:
         used = np.zeros(2 * len(sequences) + 1, dtype=np.int64)
         used[1::2] = sequences.k_length
-        gaps = _gaps(k_start, sequences.k_length, np.arange(plan.batch) * pitch, plan.kv_len)
-        parts = _uploaded([cu_q, cu_k, used, gaps], plan.device)
+        tails = _tails(plan, pitch)
+        cleared = np.concatenate([tails, np.zeros_like(tails)], axis=1)
+        parts = _uploaded([cu_q, cu_k, used, cleared.reshape(-1)], plan.device)
         used_k = parts[2]
-        tails = parts[3] if len(gaps) else None
+        gaps = _table(parts[3])
     else:
         # Each gap ends twice: first for the queries, then for the keys.
         cu_q = np.insert(cu_q, np.arange(2, len(cu_q) + 1, 2), cu_q[1::2])
@@ -183,7 +188,44 @@ def in_place_layout(plan: Plan, pack_queries: bool, used_keys: bool, pitch: int)
         total_q=plan.batch * plan.q_len,
         total_k=total_k,
         used_k=used_k,
-        tails=tails,
+        gaps=gaps,
+    )
+
+
+def used_layout(plan: Plan, pack_queries: bool, pitch: int) -> VarlenLayout:
+    """The layout of the padded tensors for kernels that are told the queries and keys in use.
+
+    A sequence reaches from its first token to that of the next one, and its first tokens are used.
+    Kernels write the outputs of those alone.
+
+    Args:
+        pitch: as in :func:`in_place_layout`.
+    """
+    sequences = _of(plan)
+    q_start, q_length = _queries_in_place(plan, pack_queries)
+    q_start = sequences.row * plan.q_len + q_start
+    k_start = sequences.row * pitch + sequences.k_start
+    total_q, total_k = plan.batch * plan.q_len, (plan.batch - 1) * pitch + plan.kv_len
+    tails = _tails(plan, pitch)
+    unwritten = _gaps(q_start, q_length, np.arange(plan.batch) * plan.q_len, plan.q_len)
+    cleared = np.zeros((max(len(tails), len(unwritten)), 4), dtype=np.int64)
+    cleared[: len(tails), :2] = tails
+    cleared[: len(unwritten), 2:] = unwritten
+    cu_q, cu_k = np.append(q_start, total_q), np.append(k_start, total_k)
+    arrays = [cu_q, cu_k, q_length, sequences.k_length, cleared.reshape(-1)]
+    parts = _uploaded(arrays, plan.device)
+    return VarlenLayout(
+        cu_seqlens_q=parts[0],
+        cu_seqlens_k=parts[1],
+        # 1 would mean exactly one query per sequence.
+        max_seqlen_q=max(2, int(q_length.max(initial=0))),
+        max_seqlen_k=max(1, int(sequences.k_length.max(initial=0))),
+        total_q=total_q,
+        total_k=total_k,
+        used_q=parts[2],
+        used_k=parts[3],
+        gaps=_table(parts[4]),
+        longest_gap=int((unwritten[:, 1] - unwritten[:, 0]).max(initial=0)),
     )
 
 
@@ -242,16 +284,28 @@ def _alternating(start: IntArray, length: IntArray, total: int) -> IntArray:
 
 
 def _gaps(start: IntArray, length: IntArray, rows: IntArray, width: int) -> IntArray:
-    """First and last place of what lies before, between and behind the sequences of each row.
-
-    A tile that reaches beyond its sequence enters any of them at its first place, and goes no
-    further into it than a tile.
-    """
+    """(gaps, 2), first and last place of what lies before, between and behind sequences of rows."""
     first = np.sort(np.concatenate([rows, start + length]))
     last = np.sort(np.concatenate([start, rows + width]))
-    last = np.minimum(last, first + LONGEST_TILE)
-    gaps: IntArray = np.stack([first, last], axis=1)[last > first].reshape(-1)
+    gaps: IntArray = np.stack([first, last], axis=1)[last > first]
     return gaps
+
+
+def _tails(plan: Plan, pitch: int) -> IntArray:
+    """(gaps, 2), first and last place of the padding of keys that tiles may reach into.
+
+    A tile that reaches beyond its sequence enters a gap at its first place, and goes no further
+    into it than a tile.
+    """
+    sequences = _of(plan)
+    start = sequences.row * pitch + sequences.k_start
+    gaps = _gaps(start, sequences.k_length, np.arange(plan.batch) * pitch, plan.kv_len)
+    gaps[:, 1] = np.minimum(gaps[:, 1], gaps[:, 0] + LONGEST_TILE)
+    return gaps
+
+
+def _table(places: torch.Tensor) -> torch.Tensor | None:
+    return places.view(-1, 4) if len(places) else None
 
 
 def _uploaded(arrays: Items[IntArray], device: torch.device) -> tuple[torch.Tensor, ...]:

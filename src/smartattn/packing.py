@@ -96,17 +96,25 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
     return run
 
 
-def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call, used_keys: bool = False) -> Runner:
+def bind_in_place(
+    kernel: VarlenKernel,
+    plan: Plan,
+    call: Call,
+    used_keys: bool = False,
+    used_queries: bool = False,
+) -> Runner:
     """A runner that sends the padded tensors through a kernel which skips what lies between.
 
     ``used_keys`` says that the kernel takes the number of keys in use, and then keys and values
-    may overlap: tokens of one head lie where those of another are counted.
+    may overlap: tokens of one head lie where those of another are counted. ``used_queries`` says
+    that it takes that of queries as well, and clears the outputs of the others.
 
     Tensors whose rows lie otherwise than ``call.key_pitch`` says are copied, padding included. It
     returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    pitch = _bound_pitch(call) if used_keys else call.kv_len
-    layout = plan.in_place(packs_queries(plan, call), used_keys, pitch)
+    pitch = _bound_pitch(call) if used_keys or used_queries else call.kv_len
+    packs = packs_queries(plan, call)
+    layout = plan.used(packs, pitch) if used_queries else plan.in_place(packs, used_keys, pitch)
     q_len = call.q_len
     shape = (call.batch, q_len, call.heads, call.value_head_dim)
     if call.grad:

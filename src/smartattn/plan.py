@@ -27,6 +27,7 @@ from .layouts import (
     key_bounds,
     packed_layout,
     sequence_bounds,
+    used_layout,
 )
 
 T = TypeVar("T")
@@ -288,6 +289,12 @@ class Plan:
         return self._derive(
             ("in place", pack_queries, used_keys, pitch),
             lambda: in_place_layout(self, pack_queries, used_keys, pitch),
+        )
+
+    def used(self, pack_queries: bool, pitch: int) -> VarlenLayout:
+        """The same for kernels that are told what is used, see :func:`layouts.used_layout`."""
+        return self._derive(
+            ("used", pack_queries, pitch), lambda: used_layout(self, pack_queries, pitch)
         )
 
     def sequence_bounds(self, pack_queries: bool) -> SequenceBounds:

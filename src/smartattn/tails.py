@@ -1,6 +1,7 @@
-"""Keeps NaN that lies behind the last key of a sequence from kernels that load whole tiles.
+"""Clears what kernels that read padded batches in place would trip over, or leave undone.
 
-Such a kernel multiplies what it loads of the padding by zero, and zero times NaN is NaN.
+Kernels that load whole tiles multiply what they load of the padding by zero, and zero times NaN is
+NaN; and those that are told how many queries are used write no output for the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .triton_launch import Launcher
 
 #: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
 _TILE, _TOKENS = 8192, 64
+#: Elements of the output that one program writes.
+_RUN = 8192
 #: How many elements of a token it looks at, with a kernel of each. Where a token has more than the
 #: last one, programs share it.
 _ELEMENTS = (64, 128, 256, 1024)
@@ -32,10 +35,11 @@ def unavailable(device: torch.device) -> str | None:
     try:
         # No result is read back: layers ask, and they never wait for the device. All kernels are
         # built here, since a forward could not go on without one.
-        bounds = torch.zeros(2, dtype=torch.int32, device=device)
+        gaps = torch.zeros(1, 4, dtype=torch.int32, device=device)
         for dtype in (torch.bfloat16, torch.float16):
             for width in _ELEMENTS:
-                _clear(torch.zeros(2, 1, width, dtype=dtype, device=device), bounds)
+                states = torch.zeros(2, 1, width, dtype=dtype, device=device)
+                _clear(gaps, states, states, 1)
     except torch.OutOfMemoryError:
         raise
     except NotImplementedError as error:
@@ -51,17 +55,22 @@ def handicap(device: torch.device) -> str | None:
     return None if reason is None else f"padded batches are gathered, since {reason}"
 
 
-def clear_tails(values: torch.Tensor, layout: VarlenLayout) -> None:
-    """Replaces NaN and infinity by zero where padding follows a sequence, within a tile of it.
+def clear(layout: VarlenLayout, values: torch.Tensor, output: torch.Tensor | None = None) -> None:
+    """Clears padding on which a kernel depends.
 
-    They are written in place, and only where some are not finite: nobody reads them there.
+    NaN and infinity among the values become zero where padding follows a sequence, within a tile of
+    it. They are written in place, and only where some are not finite: nobody reads them there.
+    All outputs that belong to padding become zero.
 
     Args:
-        values: (total_k, kv_heads, head_dim), the last dimension dense.
-        layout: one of :func:`~smartattn.layouts.in_place_layout` with ``used_k``.
+        layout: one of :func:`~smartattn.layouts.in_place_layout` with ``used_k``, or of
+            :func:`~smartattn.layouts.used_layout`.
+        values: (total_k, kv_heads, value_head_dim), the last dimension dense.
+        output: (total_q, heads, value_head_dim) of the same dtype, contiguous; None if the kernel
+            writes all of it.
     """
-    if layout.tails is not None:
-        _clear(values, layout.tails)
+    if layout.gaps is not None:
+        _clear(layout.gaps, values, output, layout.longest_gap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +78,14 @@ class _Launch:
     """How the kernel is launched on values of one kind.
 
     Args:
-        programs: for the tokens of a gap, and for what there is of a token.
-        strides: elements from token to token, from part to part of a token, and in a part.
+        tails: programs for the values of a gap.
+        arguments: strides from token to token and from part to part of a token, the elements of a
+            part, programs for the same tokens, and ``tails``.
         sizes: tokens and elements of a program.
     """
 
-    programs: tuple[int, int]
-    strides: tuple[int, int, int]
+    tails: int
+    arguments: tuple[int, int, int, int, int]
     sizes: tuple[int, int]
 
     @classmethod
@@ -85,24 +95,37 @@ class _Launch:
         parts, width = (1, heads * dim) if heads == 1 or head_stride == dim else (heads, dim)
         elements = next((size for size in _ELEMENTS if size >= width), _ELEMENTS[-1])
         tokens = min(_TOKENS, _TILE // elements)
-        programs = (-(-LONGEST_TILE // tokens), parts * -(-width // elements))
-        return cls(programs, (token_stride, head_stride, width), (tokens, elements))
+        shares = parts * -(-width // elements)
+        tails = -(-LONGEST_TILE // tokens) * shares
+        strides = (token_stride, head_stride, width)
+        return cls(tails, (*strides, shares, tails), (tokens, elements))
 
 
 _launch_of = functools.lru_cache(maxsize=1024)(_Launch.of)
-_launcher = Launcher("clear_kernel", "TOKENS", "ELEMENTS")
+_launcher = Launcher("clear_kernel", "TOKENS", "ELEMENTS", "RUN")
 
 
-def _clear(values: torch.Tensor, bounds: torch.Tensor) -> None:
+def _clear(
+    gaps: torch.Tensor, values: torch.Tensor, output: torch.Tensor | None, longest_gap: int
+) -> None:
     # All strides at once are cheaper than one after the other.
     (token_stride, head_stride, _), (_, heads, dim) = values.stride(), values.shape
     facts = (token_stride, head_stride, heads, dim)
     launch, address = _launch_of(*facts), values.data_ptr()
+    if output is None:
+        output, output_at, output_width, runs = values, address, dim, 0
+    else:
+        output_at, output_width = output.data_ptr(), output.shape[1] * output.shape[2]
+        runs = -(-longest_gap * output_width // _RUN)
+    pieces = launch.tails + runs
     _launcher(
         values.device,
-        (values.dtype, address % 16 == 0, facts),
-        (bounds.shape[0] // 2, *launch.programs),
-        (values, bounds),
-        (address, bounds.data_ptr(), *launch.strides, *launch.sizes),
+        (values.dtype, address % 16 == 0, output_at % 16 == 0, facts, output_width),
+        (gaps.shape[0] * pieces, 1, 1),
+        (values, output, gaps),
+        (
+            *(address, output_at, gaps.data_ptr(), pieces),
+            *(*launch.arguments, output_width, *launch.sizes, _RUN),
+        ),
         enable_fp_fusion=True,
     )

@@ -6,34 +6,57 @@ import triton
 import triton.language as tl
 
 
-# The bounds of a layout lie behind others, anywhere: one kernel for all.
-@triton.jit(do_not_specialize_on_alignment=["bounds"])  # type: ignore[untyped-decorator]
+# The table of a layout lies behind others, anywhere, and gaps have any length: one kernel for all.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["pieces"], do_not_specialize_on_alignment=["gaps"]
+)
 def clear_kernel(  # type: ignore[no-untyped-def]
     values,
-    bounds,
+    output,
+    gaps,
+    pieces,
     token_stride,
     part_stride,
     width,
+    shares,
+    tails,
+    output_width,
     TOKENS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """See :func:`smartattn.tails.clear_tails`; programs are (gap, tokens, part and elements)."""
-    place = tl.program_id(0) * 2
-    first = tl.load(bounds + place) + tl.program_id(1) * TOKENS
-    last = tl.load(bounds + place + 1)
-    if first < last:
-        blocks = tl.cdiv(width, ELEMENTS)
-        part = tl.program_id(2) // blocks
-        token = first + tl.arange(0, TOKENS)
-        element = tl.program_id(2) % blocks * ELEMENTS + tl.arange(0, ELEMENTS)
-        offset = token.to(tl.int64)[:, None] * token_stride + element[None, :]
-        pointer = values + part.to(tl.int64) * part_stride + offset
-        inside = (token < last)[:, None] & (element < width)[None, :]
-        found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
-        # Infinity less itself is not a number, and that is unequal to everything.
-        bad = (found - found) != 0.0
-        if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-            tl.store(pointer, 0.0, mask=inside & bad)
+    """See :func:`smartattn.tails.clear`; each program is one of so many ``pieces`` of a gap.
+
+    The first ``tails`` pieces are of values, which ``shares`` programs have of the same tokens;
+    those that follow are runs of outputs, of which a token has ``output_width`` elements.
+    """
+    row = gaps + tl.program_id(0) // pieces * 4
+    piece = tl.program_id(0) % pieces
+    if piece < tails:
+        first = tl.load(row) + piece // shares * TOKENS
+        last = tl.load(row + 1)
+        if first < last:
+            share = piece % shares
+            blocks = tl.cdiv(width, ELEMENTS)
+            part = share // blocks
+            token = first + tl.arange(0, TOKENS)
+            element = share % blocks * ELEMENTS + tl.arange(0, ELEMENTS)
+            offset = token.to(tl.int64)[:, None] * token_stride + element[None, :]
+            pointer = values + part.to(tl.int64) * part_stride + offset
+            inside = (token < last)[:, None] & (element < width)[None, :]
+            found = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+            # Infinity less itself is not a number, and that is unequal to everything.
+            bad = (found - found) != 0.0
+            if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
+                tl.store(pointer, 0.0, mask=inside & bad)
+    else:
+        begin = tl.load(row + 2).to(tl.int64) * output_width
+        size = tl.load(row + 3).to(tl.int64) * output_width - begin
+        done = (piece - tails).to(tl.int64) * RUN
+        if done < size:
+            offset = tl.arange(0, RUN)
+            zeros = tl.zeros([RUN], dtype=output.dtype.element_ty)
+            tl.store(output + begin + done + offset, zeros, mask=offset < size - done)
 
 
 # Lengths and strides differ from batch to batch: one kernel for all. Strides come in units of 8

@@ -177,14 +177,19 @@ def bind_whole(kernel: DenseKernel) -> Runner:
 
 
 def bind_varlen(
-    kernel: VarlenKernel, how: Route, plan: Plan, call: Call, used_keys: bool = False
+    kernel: VarlenKernel,
+    how: Route,
+    plan: Plan,
+    call: Call,
+    used_keys: bool = False,
+    used_queries: bool = False,
 ) -> Runner:
     """A runner that hands sequences of (tokens, heads, dim) to a kernel, in place or packed.
 
-    ``used_keys`` says that the kernel takes the number of keys in use.
+    ``used_keys`` and ``used_queries`` are those of :func:`packing.bind_in_place`.
     """
     if how is Route.IN_PLACE:
-        return bind_in_place(kernel, plan, call, used_keys)
+        return bind_in_place(kernel, plan, call, used_keys, used_queries)
     return bind_packed(kernel, plan, call)
 
 

@@ -158,8 +158,8 @@ class FlashAttention3Backend(Backend):
         if how in (Route.DENSE, Route.KEY_BOUNDS):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)
-        kernel = _varlen(plan, call, clear=how is Route.IN_PLACE)
-        return bind_varlen(kernel, how, plan, call, used_keys=True)
+        kernel = _varlen(plan, call, in_place=how is Route.IN_PLACE)
+        return bind_varlen(kernel, how, plan, call, used_queries=True)
 
 
 def _route(plan: Plan, call: Call, in_place: bool) -> Route:
@@ -199,21 +199,27 @@ def _dense(plan: Plan, call: Call, bounded: bool) -> DenseKernel:
     return kernel
 
 
-def _varlen(plan: Plan, call: Call, clear: bool) -> VarlenKernel:
+def _varlen(plan: Plan, call: Call, in_place: bool) -> VarlenKernel:
     operator, options = _operator()[0], _options(plan, call)
     pack_gqa = False if _heads_apart(plan, call) else None
+    heads, dim = call.heads, call.value_head_dim
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VarlenLayout
     ) -> torch.Tensor:
-        v = unit_stride(v)
-        if clear:
-            tails.clear_tails(v, layout)
+        v, output = unit_stride(v), None
+        if in_place:
+            # It writes what is used alone: blocks of its own for padding took it up to twice as
+            # long as a kernel that writes zeros.
+            output = torch.empty((layout.total_q, heads, dim), dtype=q.dtype, device=q.device)
+            tails.clear(layout, v, output)
         return _call(
             operator,
             (q, k, v),
+            output=output,
             cu_seqlens=(layout.cu_seqlens_q, layout.cu_seqlens_k),
             longest=(layout.max_seqlen_q, layout.max_seqlen_k),
+            used_q=layout.used_q,
             used_k=layout.used_k,
             pack_gqa=pack_gqa,
             **options,
@@ -231,24 +237,26 @@ def _call(
     window: tuple[int, int],
     softcap: float = 0.0,
     num_splits: int = 1,
+    output: torch.Tensor | None = None,
     cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     longest: tuple[int | None, int | None] = (None, None),
+    used_q: torch.Tensor | None = None,
     used_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
     pack_gqa: bool | None = None,
 ) -> torch.Tensor:
     q, k, v = map(unit_stride, states)
-    output: torch.Tensor = operator(
+    returned: torch.Tensor = operator(
         q,
         k,
         v,
         None,
         None,
         None,
-        None,
+        output,
         *cu_seqlens,
         None,
-        None,
+        used_q,
         used_k,
         *longest,
         None,
@@ -271,4 +279,4 @@ def _call(
         pack_gqa,
         0,
     )[0]
-    return output
+    return returned

@@ -250,7 +250,7 @@ def _varlen(plan: Plan, call: Call, clear: bool) -> VarlenKernel:
     ) -> torch.Tensor:
         v = unit_stride(v)
         if clear:
-            tails.clear_tails(v, layout)
+            tails.clear(layout, v)
         sequences = {
             "cu_seqlens_q": layout.cu_seqlens_q,
             "cu_seqlens_k": layout.cu_seqlens_k,
