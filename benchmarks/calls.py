@@ -341,8 +341,7 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
 
     What is recorded is the thinnest entry point that a backend uses: the functions of flash-attn's
     extension, the operators of FlashAttention-3 and of torch, the functions of FlashAttention-4,
-    what Triton has built, and
-    ``scaled_dot_product_attention``.
+    what Triton has built, and ``scaled_dot_product_attention``.
     """
     calls: list[Callable[[], Any]] = []
     extension, package = flash_attention_2._extension(), flash_attention_2._package()
@@ -405,8 +404,10 @@ def host_times(
 ) -> dict[str, Any]:
     """Microseconds of a layer's call under smart, and of the calls of kernels that it makes.
 
-    What comes beyond has three parts: ``layer_us`` is smart's own, the look-up of the choice;
-    ``runner_us`` is the backend's, such as views, gathering and scattering.
+    What comes beyond has two parts: ``layer_us`` is smart's own, the look-up of the choice;
+    ``runner_us`` is the backend's, such as views, gathering and scattering. ``views_us`` is what
+    views of query, key and value as (batch, length, heads, head_dim) take, which all kernels but
+    SDPA's want of whoever calls them with what Transformers hands over.
     """
     tensors, layer = workload.tensors(device), Layer()
     query, key, value = tensors[:3]
@@ -431,6 +432,9 @@ def host_times(
     # A backend that has kernels to build comes once a shape has come often enough.
     for _ in range(3):
         chosen = choice()
+        # A plan keeps what it has chosen, too.
+        mask = mask_of(workload, device)(smart_mask)
+        smart()
         backend = next(one for one in BACKENDS if one.name == chosen)
         plan, call = mask.plan, workload.call(device)
         assert plan is not None
@@ -447,6 +451,7 @@ def host_times(
             "smart": smart,
             "runner": lambda: run(query, key, value, {}),  # noqa: B023
             "bare": bare,
+            "views": lambda: [states.transpose(1, 2) for states in (query, key, value)],
         }
         found = _host_us(functions, device, rounds, calls)
         if choice() == chosen:
@@ -459,6 +464,7 @@ def host_times(
         "kernel_us": found["bare"],
         "layer_us": found["smart"] - found["runner"],
         "runner_us": found["runner"] - found["bare"],
+        "views_us": found["views"],
         "beyond_us": found["smart"] - found["bare"],
     }
 
@@ -601,9 +607,11 @@ def page(run: Run, expected: list[str]) -> list[str]:
             "## Host time of a layer",
             'Microseconds until the call returns. "Beyond" is what the call costs more than the\n'
             "kernels it runs, called at their thinnest entry points: smart's own look-up of the\n"
-            "choice, and the backend's work around the kernel (views, gathering, scattering).",
+            "choice, and the backend's work around the kernel (views, gathering, scattering).\n"
+            '"Views" is what three transposes take, which kernels of (batch, length, heads,\n'
+            "head_dim) want of every caller that gets what Transformers hands over.",
             markdown(
-                ("call", "chosen", "smart", "kernel", "look-up", "backend", "beyond"),
+                ("call", "chosen", "smart", "kernel", "look-up", "backend", "beyond", "views"),
                 [
                     (
                         row["case"],
@@ -612,6 +620,7 @@ def page(run: Run, expected: list[str]) -> list[str]:
                             f"{row[key]:.1f}"
                             for key in (
                                 *("smart_us", "kernel_us", "layer_us", "runner_us", "beyond_us"),
+                                "views_us",
                             )
                         ),
                     )
