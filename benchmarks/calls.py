@@ -331,8 +331,10 @@ class _Launches:
     ) -> None:
         self._launcher(device, kind, grid, tensors, arguments, **options)
         built = self._launcher.built(device, kind)
+        assert built is not None
+        stream = torch.cuda.current_stream(device).cuda_stream
         # The tensors have to be there for as long as their addresses.
-        self._calls.append(lambda: (built[grid](*arguments), tensors))
+        self._calls.append(lambda: (built.launch(grid, stream, arguments), tensors))
 
 
 @contextlib.contextmanager

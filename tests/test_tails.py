@@ -21,16 +21,18 @@ from smartattn.triton_launch import Launcher
 class Kernel:
     """What Triton gives for one set of facts."""
 
+    function, packed_metadata = "function", (4, 1, 0)
+
     def __init__(self, launched: list[Any], refuses: bool) -> None:
         self.launched, self.refuses = launched, refuses
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def launch(*arguments: Any) -> None:
-            if self.refuses:
-                raise TypeError("function takes exactly 9 arguments (8 given)")
-            self.launched.append(("built", self, grid, arguments))
-
-        return launch
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        if self.refuses:
+            raise TypeError("function takes exactly 9 arguments (8 given)")
+        function, metadata, *hooks = rest[:5]
+        assert (stream, function, metadata) == (7, self.function, self.packed_metadata)
+        assert hooks == [None, None, None]
+        self.launched.append(("built", self, (x, y, z), rest[5:]))
 
 
 class Triton:
@@ -41,10 +43,12 @@ class Triton:
         self.refuses = refuses
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def launch(*arguments: Any, TOKENS: int, ELEMENTS: int, enable_fp_fusion: bool) -> Kernel:
+        def launch(
+            *arguments: Any, TOKENS: int, ELEMENTS: int, RUN: int, enable_fp_fusion: bool
+        ) -> Kernel:
             assert enable_fp_fusion
             kernel = Kernel(self.launched, self.refuses)
-            self.launched.append(("jit", kernel, grid, (*arguments, TOKENS, ELEMENTS)))
+            self.launched.append(("jit", kernel, grid, (*arguments, TOKENS, ELEMENTS, RUN)))
             return kernel
 
         return launch
@@ -56,7 +60,8 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Triton:
     module = SimpleNamespace(clear_kernel=made)
     monkeypatch.setitem(sys.modules, "smartattn.triton_kernels", module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(tails, "_launcher", Launcher("clear_kernel", "TOKENS", "ELEMENTS"))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(tails, "_launcher", Launcher("clear_kernel", "TOKENS", "ELEMENTS", "RUN"))
     return made
 
 
@@ -72,24 +77,27 @@ def head_major(heads: int = 2) -> torch.Tensor:
     return torch.zeros(heads, 12, 64, dtype=torch.bfloat16).transpose(0, 1)
 
 
-BOUNDS = torch.tensor([3, 4, 7, 12], dtype=torch.int32)
+GAPS = torch.tensor([[3, 4, 0, 0], [7, 12, 0, 0]], dtype=torch.int32)
 
 
 def test_what_was_built_is_launched_again_with_the_same_arguments(triton: Triton) -> None:
-    first, second = values(), values()
-    other_bounds = torch.cat([BOUNDS, BOUNDS])[1:7]
-    tails._clear(first, BOUNDS)
-    tails._clear(second, other_bounds)
+    first, second, output = values(), values(), torch.zeros(12, 4, 64, dtype=torch.bfloat16)
+    other_gaps = torch.cat([GAPS, GAPS])[1:]
+    tails._clear(GAPS, first, output, 5)
+    tails._clear(other_gaps, second, output, 65)
     (how, built, grid, given), (again, same, grid_again, given_again) = triton.launched
     assert (how, again) == ("jit", "built")
     assert same is built
-    assert (grid[0], grid_again[0]) == (2, 3)
-    assert grid[1:] == grid_again[1:]
     assert given[0] is first
-    assert given[1] is BOUNDS
+    assert given[1] is output
+    assert given[2] is GAPS
     # What was built is handed addresses.
-    assert given_again[:2] == (second.data_ptr(), other_bounds.data_ptr())
-    assert given[2:] == given_again[2:] == (128, 64, 128, 64, 128)
+    assert given_again[:3] == tuple(one.data_ptr() for one in (second, output, other_gaps))
+    # Programs for the values of a gap, and for as many elements of its outputs.
+    tails_of_a_gap = LONGEST_TILE // 64
+    assert (given[3], given_again[3]) == (tails_of_a_gap + 1, tails_of_a_gap + 3)
+    assert (grid, grid_again) == ((2 * given[3], 1, 1), (3 * given_again[3], 1, 1))
+    assert given[4:] == given_again[4:] == (128, 64, 128, 1, tails_of_a_gap, 256, 64, 128, 8192)
 
 
 @pytest.mark.parametrize(
@@ -98,22 +106,23 @@ def test_what_was_built_is_launched_again_with_the_same_arguments(triton: Triton
     ids=["address", "heads", "dtype", "strides"],
 )
 def test_a_kernel_serves_what_it_was_built_for_alone(triton: Triton, other: torch.Tensor) -> None:
-    tails._clear(values(), BOUNDS)
-    tails._clear(other, BOUNDS)
+    tails._clear(GAPS, values(), None, 0)
+    tails._clear(GAPS, other, None, 0)
     assert [how for how, *_ in triton.launched] == ["jit", "jit"]
 
 
 def covered(states: torch.Tensor, grid: tuple[int, int, int], given: Any) -> torch.Tensor:
     """How often the programs of a launch visit each place in a gap of ``LONGEST_TILE`` tokens."""
-    token_stride, part_stride, width, tokens, elements = given[2:]
+    pieces, token_stride, part_stride, width, shares, count, _, tokens, elements, _ = given[3:]
+    assert (count, grid) == (pieces, (len(GAPS) * pieces, 1, 1))
     seen = torch.zeros(states.untyped_storage().nbytes() // states.itemsize, dtype=torch.int64)
     blocks = -(-width // elements)
-    for step in range(grid[1]):
-        for place in range(grid[2]):
-            token = (step * tokens + torch.arange(tokens))[:, None]
-            element = (place % blocks * elements + torch.arange(elements))[None]
-            offset = token * token_stride + place // blocks * part_stride + element
-            seen[offset[(token < LONGEST_TILE) & (element < width)]] += 1
+    for piece in range(pieces):
+        step, place = divmod(piece, shares)
+        token = (step * tokens + torch.arange(tokens))[:, None]
+        element = (place % blocks * elements + torch.arange(elements))[None]
+        offset = token * token_stride + place // blocks * part_stride + element
+        seen[offset[(token < LONGEST_TILE) & (element < width)]] += 1
     return torch.as_strided(seen, states.shape, states.stride())
 
 
@@ -131,16 +140,16 @@ def test_programs_see_every_element_of_a_gap_once(
         states = torch.zeros(LONGEST_TILE, 3, heads, dim)[:, 0]
     else:
         states = torch.zeros(LONGEST_TILE, heads, dim)[:, :1]
-    tails._clear(states, BOUNDS)
+    tails._clear(GAPS, states, None, 0)
     ((_, _, grid, given),) = triton.launched
     assert bool((covered(states, grid, given) == 1).all())
-    assert given[-2] * given[-1] <= 8192
+    assert given[-3] * given[-2] <= 8192
 
 
 def test_a_launcher_that_takes_other_arguments_is_not_asked_twice(triton: Triton) -> None:
     triton.refuses = True
     for _ in range(3):
-        tails._clear(values(), BOUNDS)
+        tails._clear(GAPS, values(), None, 0)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit"]
 
 
@@ -149,9 +158,9 @@ def test_kernels_of_many_shapes_are_forgotten(
 ) -> None:
     monkeypatch.setattr(triton_launch, "_MOST", 2)
     for heads in (1, 2, 3):
-        tails._clear(values(heads=heads), BOUNDS)
+        tails._clear(GAPS, values(heads=heads), None, 0)
     assert len(tails._launcher._built) == 1
-    tails._clear(values(heads=3), BOUNDS)
+    tails._clear(GAPS, values(heads=3), None, 0)
     assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit", "built"]
 
 
@@ -176,7 +185,7 @@ def test_what_triton_cannot_build_is_not_supported(
         triton, "__class__", type("Failing", (Triton,), {"__getitem__": lambda *_: fail})
     )
     with pytest.raises(raised) as caught:
-        tails._clear(values(), BOUNDS)
+        tails._clear(GAPS, values(), None, 0)
     assert type(caught.value) is raised
     assert str(error.args[-1]) in str(caught.value)
 
@@ -210,9 +219,9 @@ def test_each_device_has_its_kernels_and_its_context(
 
     monkeypatch.setattr(torch.cuda, "device", Context)
     there: Any = Elsewhere(values())
-    tails._clear(values(), BOUNDS)
+    tails._clear(GAPS, values(), None, 0)
     assert entered == []
-    tails._clear(there, BOUNDS)
+    tails._clear(GAPS, there, None, 0)
     assert entered == [there.device]
     assert [how for how, *_ in triton.launched] == ["jit", "jit"]
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .layouts import LONGEST_TILE, VarlenLayout
-from .machine import one_line
-from .triton_launch import Launcher
+from .triton_launch import Launcher, hindrance
 
 #: What one program of the Triton kernel looks at, at most: elements in all, and tokens.
 _TILE, _TOKENS = 8192, 64
@@ -32,21 +31,16 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return "tails are cleared by a Triton kernel, on GPUs alone"
-    try:
-        # No result is read back: layers ask, and they never wait for the device. All kernels are
-        # built here, since a forward could not go on without one.
-        gaps = torch.zeros(1, 4, dtype=torch.int32, device=device)
-        for dtype in (torch.bfloat16, torch.float16):
-            for width in _ELEMENTS:
-                states = torch.zeros(2, 1, width, dtype=dtype, device=device)
-                _clear(gaps, states, states, 1)
-    except torch.OutOfMemoryError:
-        raise
-    except NotImplementedError as error:
-        return str(error)
-    except RuntimeError as error:  # of the driver
-        return f"no Triton kernel can be launched: {one_line(str(error))}"
-    return None
+    return hindrance(lambda: _build(device))
+
+
+def _build(device: torch.device) -> None:
+    """Launches each kernel once: a forward could not go on without one."""
+    gaps = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        for width in _ELEMENTS:
+            states = torch.zeros(2, 1, width, dtype=dtype, device=device)
+            _clear(gaps, states, states, 1)
 
 
 def handicap(device: torch.device) -> str | None:

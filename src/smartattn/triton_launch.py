@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,35 @@ from .machine import one_line
 
 #: Kinds of launches that are remembered for each kernel.
 _MOST = 1024
+
+
+def hindrance(launch: Callable[[], object]) -> str | None:
+    """Why a first launch cannot be, None if it can; what it computes is not waited for."""
+    try:
+        launch()
+    except torch.OutOfMemoryError:
+        raise
+    except NotImplementedError as error:
+        return str(error)
+    except RuntimeError as error:  # of the driver
+        return f"no Triton kernel can be launched: {one_line(str(error))}"
+    return None
+
+
+class Built(NamedTuple):
+    """What Triton has built for one kind of launches.
+
+    Called as torch's Inductor does, without Triton's hooks for profilers. Source:
+    TritonCompileResult.make_launcher in torch/_inductor/runtime/triton_heuristics.py.
+    """
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+
+    def launch(self, grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+        """Launches on a stream of the current device, with addresses for tensors."""
+        self.run(*grid, stream, self.function, self.metadata, None, None, None, *arguments)
 
 
 class Launcher:
@@ -29,7 +58,7 @@ class Launcher:
     def __init__(self, kernel: str, *constants: str) -> None:
         self._kernel = kernel
         self._constants = constants
-        self._built: dict[Hashable, Any] = {}
+        self._built: dict[Hashable, Built] = {}
         self._direct = True
 
     def __call__(
@@ -54,28 +83,29 @@ class Launcher:
         Raises:
             NotImplementedError: Triton cannot build the kernel here.
         """
-        if torch.cuda.current_device() == device.index:
-            return self._launch((device.index, kind), grid, tensors, arguments, options)
+        index: int = device.index
+        if torch.cuda.current_device() == index:
+            return self._launch(index, kind, grid, tensors, arguments, options)
         with torch.cuda.device(device):
-            return self._launch((device.index, kind), grid, tensors, arguments, options)
+            return self._launch(index, kind, grid, tensors, arguments, options)
 
-    def built(self, device: torch.device, kind: Hashable) -> Any | None:
+    def built(self, device: torch.device, kind: Hashable) -> Built | None:
         """What Triton has built for a kind on a device, None if nothing has."""
         return self._built.get((device.index, kind))
 
     def _launch(
         self,
+        device: int,
         kind: Hashable,
         grid: tuple[int, int, int],
         tensors: tuple[torch.Tensor, ...],
         arguments: tuple[Any, ...],
         options: dict[str, int],
     ) -> None:
-        built = self._built.get(kind)
-        if built is not None:
+        known = self._built.get((device, kind))
+        if known is not None:
             try:
-                # Source: python/tutorials/02-fused-softmax.py of Triton.
-                built[grid](*arguments)
+                known.launch(grid, torch._C._cuda_getCurrentRawStream(device), arguments)
             except TypeError:
                 # The launcher of another version takes other arguments.
                 self._built.clear()
@@ -101,4 +131,4 @@ class Launcher:
         if self._direct and built is not None:
             if len(self._built) >= _MOST:
                 self._built.clear()
-            self._built[kind] = built
+            self._built[device, kind] = Built(built.run, built.function, built.packed_metadata)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
-from ..machine import one_line
 from ..packing import packs_queries, varlen_refusals
 from ..plan import Padding, Pattern, Plan
-from ..triton_launch import Launcher
+from ..triton_launch import Launcher, hindrance
 from .base import HALF_PRECISION, Backend, Support
 from .flash import flash_window, on_rocm
 
@@ -46,16 +45,8 @@ def _broken(device: torch.device) -> str | None:
     """
     states = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
     plan = Plan(1, 1, 1, Pattern.BIDIRECTIONAL, device)
-    try:
-        # No result is read back: layers ask, and they never wait for the device.
-        _bind(plan, Call(device, states.dtype, 1, 1, 1, 1, 1, 64, 64))(states, states, states, {})
-    except torch.OutOfMemoryError:
-        raise
-    except NotImplementedError as error:
-        return str(error)
-    except RuntimeError as error:  # of the driver
-        return f"no Triton kernel can be launched: {one_line(str(error))}"
-    return None
+    call = Call(device, states.dtype, 1, 1, 1, 1, 1, 64, 64)
+    return hindrance(lambda: _bind(plan, call)(states, states, states, {}))
 
 
 class TritonVarlenBackend(Backend):
@@ -163,7 +154,7 @@ def _bind(plan: Plan, call: Call) -> Runner:
         query, q_at, q_strides = _aligned(query)
         key, k_at, k_strides = _aligned(key)
         value, v_at, v_strides = _aligned(value)
-        output = torch.empty(shape, dtype=dtype, device=device)
+        output = query.new_empty(shape)
         _launch(
             device,
             kind,
@@ -186,11 +177,19 @@ def _aligned(states: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, int, i
     Args:
         states: (batch, heads, length, dim).
     """
-    batch, head, token, element = states.stride()
-    address = states.data_ptr()
-    bits = batch | head | token
-    if element != 1 or bits % 8 or address % 16 or bits >= _FURTHEST:
+    strides, address = _eighths(states.stride()), states.data_ptr()
+    if strides is None or address % 16:
         states = states.clone(memory_format=torch.contiguous_format)
-        batch, head, token, _ = states.stride()
-        address = states.data_ptr()
-    return states, address, (batch // 8, head // 8, token // 8)
+        strides, address = _eighths(states.stride()), states.data_ptr()
+        assert strides is not None
+    return states, address, strides
+
+
+@functools.lru_cache(maxsize=4096)
+def _eighths(strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Strides / 8 of all but the last dimension; None if the kernel cannot take them."""
+    batch, head, token, element = strides
+    bits = batch | head | token
+    if element != 1 or bits % 8 or bits >= _FURTHEST:
+        return None
+    return batch // 8, head // 8, token // 8
