@@ -426,6 +426,35 @@ def test_preparation_is_timed_apart() -> None:
     assert 1.0 <= found["sdpa"].prepare_us < 10_000
 
 
+class _BuildsForPadding(Altered):
+    """Builds kernels for padded batches, and for others, the first time that it meets some."""
+
+    name = "builds_for_padding"
+
+    def __init__(self) -> None:
+        super().__init__(lambda output: output)
+        self.built: set[bool] = set()
+
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        if plan.is_padded not in self.built:
+            time.sleep(0.1)
+            self.built.add(plan.is_padded)
+        return super().bind(plan, call)
+
+
+def test_kernels_for_padding_are_not_prepared_for_each_batch_without() -> None:
+    """Little padding comes to nothing in some batches, and not in others of the same kind."""
+    some = (replace(SMALL, padding_share=0.03, seed=seed) for seed in range(500))
+    twins = (
+        (w, [replace(w, seed=w.seed + 1 + i).plan(CPU).is_padded for i in range(3)]) for w in some
+    )
+    workload = next(w for w, padded in twins if not w.plan(CPU).is_padded and any(padded))
+    found = measure(0, workload, CPU, (SDPA, _BuildsForPadding()), {}, 0.01)
+    own = next(sample for sample in found if sample.backend == "builds_for_padding")
+    assert own.first_us > 100_000
+    assert own.prepare_us < 50_000
+
+
 def test_first_runs_that_would_take_too_long_are_left_out() -> None:
     patience = Patience(0.5)
     # Until something is known, few groups are dared.

@@ -226,6 +226,19 @@ def test_each_device_has_its_kernels_and_its_context(
     assert [how for how, *_ in triton.launched] == ["jit", "jit"]
 
 
+def test_a_device_without_a_number_is_the_current_one(
+    triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = {1: 7}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
+    without: Any = Elsewhere(values())
+    without.device = SimpleNamespace(index=None)
+    for there in (without, without, Elsewhere(values())):
+        tails._clear(GAPS, there, None, 0)
+    assert [how for how, *_ in triton.launched] == ["jit", "built", "built"]
+
+
 @pytest.mark.parametrize("pattern", [Pattern.CAUSAL, Pattern.BIDIRECTIONAL])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("window", [None, 16])

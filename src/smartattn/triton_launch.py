@@ -83,8 +83,10 @@ class Launcher:
         Raises:
             NotImplementedError: Triton cannot build the kernel here.
         """
-        index: int = device.index
-        if torch.cuda.current_device() == index:
+        current = torch.cuda.current_device()
+        # Without a number it is the current one.
+        index = current if device.index is None else device.index
+        if index == current:
             return self._launch(index, kind, grid, tensors, arguments, options)
         with torch.cuda.device(device):
             return self._launch(index, kind, grid, tensors, arguments, options)
