@@ -111,6 +111,13 @@ def test_a_kernel_serves_what_it_was_built_for_alone(triton: Triton, other: torc
     assert [how for how, *_ in triton.launched] == ["jit", "jit"]
 
 
+def test_a_kernel_serves_outputs_as_it_was_built_for_alone(triton: Triton) -> None:
+    outputs = [values(), values(shift=1), values(heads=4)]
+    for output in outputs:
+        tails._clear(GAPS, values(), output, 1)
+    assert [how for how, *_ in triton.launched] == ["jit", "jit", "jit"]
+
+
 def covered(states: torch.Tensor, grid: tuple[int, int, int], given: Any) -> torch.Tensor:
     """How often the programs of a launch visit each place in a gap of ``LONGEST_TILE`` tokens."""
     pieces, token_stride, part_stride, width, shares, count, _, tokens, elements, _ = given[3:]

@@ -202,9 +202,9 @@ def used_layout(plan: Plan, pack_queries: bool, pitch: int) -> VarlenLayout:
         pitch: as in :func:`in_place_layout`.
     """
     sequences = _of(plan)
-    q_start, q_length = _queries_in_place(plan, pack_queries)
-    q_start = sequences.row * plan.q_len + q_start
-    k_start = sequences.row * pitch + sequences.k_start
+    first, q_length = _queries_in_place(plan, pack_queries)
+    q_start = sequences.row * plan.q_len + first
+    k_start = sequences.k_start + sequences.row * pitch
     total_q, total_k = plan.batch * plan.q_len, (plan.batch - 1) * pitch + plan.kv_len
     tails = _tails(plan, pitch)
     unwritten = _gaps(q_start, q_length, np.arange(plan.batch) * plan.q_len, plan.q_len)
