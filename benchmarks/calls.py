@@ -619,7 +619,7 @@ def page(run: Run, expected: list[str]) -> list[str]:
                         row["case"],
                         row["chosen"],
                         *(
-                            f"{row[key]:.1f}"
+                            number(row.get(key), ".1f")
                             for key in (
                                 *("smart_us", "kernel_us", "layer_us", "runner_us", "beyond_us"),
                                 "views_us",

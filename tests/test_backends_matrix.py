@@ -978,11 +978,22 @@ def test_what_is_not_aligned_is_copied_for_triton(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "kv_heads", "head_dim", "apart"),
-    [(16384, 2, 64, True), (16384, 2, 128, False), (2048, 2, 64, False), (16384, 8, 64, False)],
+    ("length", "kv_heads", "head_dim", "apart", "rows"),
+    [
+        (16384, 2, 64, True, 192),
+        (16384, 2, 128, False, 32),
+        (4096, 2, 64, False, 48),
+        (2048, 2, 64, False, 192),
+        (16384, 8, 64, False, 192),
+    ],
 )
-def test_heads_of_long_sequences_stay_apart(
-    monkeypatch: pytest.MonkeyPatch, length: int, kv_heads: int, head_dim: int, apart: bool
+def test_heads_of_long_sequences_stay_apart_and_their_padding_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    kv_heads: int,
+    head_dim: int,
+    apart: bool,
+    rows: int,
 ) -> None:
     """FlashAttention-3 then reads left padding as sequences, which it can be told that for."""
     asked: list[Any] = []
@@ -1002,16 +1013,17 @@ def test_heads_of_long_sequences_stay_apart(
     )  # fmt: skip
     backend = flash_attention_3.FlashAttention3Backend()
     how = flash_attention_3._route(plan, call, in_place=True)
-    assert how is (Route.IN_PLACE if apart else Route.KEY_BOUNDS)
+    assert how is (Route.IN_PLACE if length > 2048 else Route.KEY_BOUNDS)
+    assert flash_attention_3._route(plan, call, in_place=False) is Route.KEY_BOUNDS
     kernel = flash_attention_3._varlen(plan, call, in_place=False)
     states = torch.empty(1, 1, head_dim)
     kernel(states, states, states, plan.used(True, length))
     assert asked == [(False if apart else None, True)]
-    rows = backend.tile(plan, call)[0]
-    assert rows == {64: 192, 128: 128}[head_dim]
-    # A step of decoding is shared as it was.
+    assert backend.tile(plan, call)[0] == rows
+    # A step of decoding is shared, and told of its padding, as it was.
     step = replace(call, q_len=1)
     assert not flash_attention_3._heads_apart(plan, step)
+    assert not flash_attention_3._left_out(plan, step)
 
 
 def test_another_signature_of_torch_varlen_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

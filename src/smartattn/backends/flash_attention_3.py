@@ -44,8 +44,11 @@ _ARGUMENTS = (
 
 #: The heads of a group share the tiles of calls with sequences, which short ones need, but which
 #: loads queries more slowly: up to this head_dim, and from as many keys per query on, heads are
-#: faster apart. Measured by ``benchmarks.flash_3``.
+#: faster apart. Measured by ``benchmarks.flash_3``, as what follows.
 _APART_HEAD, _APART_KEYS = 64, 2048
+#: Keys per query from which left padding is faster left out than told by the first key of each row,
+#: since blocks for padding cost more than writing zeros.
+_LEFT_OUT_KEYS = 1024
 
 
 @functools.cache
@@ -165,15 +168,24 @@ class FlashAttention3Backend(Backend):
 def _route(plan: Plan, call: Call, in_place: bool) -> Route:
     # It loads whole tiles, and multiplies what lies behind the last key by zero, which NaN
     # survives: nothing but the end of the tensor may lie there, or it is cleared first.
-    key_bounds = plan.padding is Padding.LEFT and not (in_place and _heads_apart(plan, call))
+    key_bounds = plan.padding is Padding.LEFT and not (in_place and _left_out(plan, call))
     return route(plan, call, key_bounds=key_bounds, in_place=in_place, used_keys=in_place)
+
+
+def _left_out(plan: Plan, call: Call) -> bool:
+    """Whether left padding is faster left out than told by the first key of each row."""
+    return call.q_len > 1 and _keys_per_query(plan) >= _LEFT_OUT_KEYS
 
 
 def _heads_apart(plan: Plan, call: Call) -> bool:
     """Whether sequences are faster if the heads of a group do not share tiles."""
     if call.head_dim > _APART_HEAD or call.group_size == 1 or call.q_len == 1:
         return False
-    return plan.attended_pairs(True) >= _APART_KEYS * max(1, plan.real_q)
+    return _keys_per_query(plan) >= _APART_KEYS
+
+
+def _keys_per_query(plan: Plan) -> float:
+    return plan.attended_pairs(True) / max(1, plan.real_q)
 
 
 def _filled(queries: int, rows: int) -> float:
