@@ -1026,6 +1026,37 @@ def test_heads_of_long_sequences_stay_apart_and_their_padding_is_left_out(
     assert not flash_attention_3._left_out(plan, step)
 
 
+@pytest.mark.parametrize(
+    ("facts", "left_out"),
+    [
+        ({}, True),
+        # A few drafted tokens, a chunk of a prefill: all queries are real.
+        ({"q_len": 4}, False),
+        ({"q_len": 512}, False),
+        ({"padding": 1}, False),
+        ({"padding": 300}, False),
+        ({"causal": False, "own": False, "q_len": 64}, False),
+        ({"token_major_queries": False}, False),
+        ({"token_major_keys": False, "key_pitch": 0}, False),
+        ({"token_major_keys": False, "key_pitch": 8 * 4096}, True),
+    ],
+)
+def test_left_padding_is_left_out_where_there_is_some_and_nothing_is_copied(
+    facts: dict[str, Any], left_out: bool
+) -> None:
+    length, causal = 4096, facts.pop("causal", True)
+    q_len, padding = facts.pop("q_len", length), facts.pop("padding", 2048)
+    real = np.arange(length)[None] >= np.array([[0], [padding]])
+    pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
+    plan = Plan(2, q_len, length, pattern, CPU, shift=length - q_len, real=real)
+    call = Call(
+        CPU, torch.bfloat16, 2, q_len, length, 8, 8, 128, 128,
+        self_attention=facts.pop("own", True), **facts,
+    )  # fmt: skip
+    how = flash_attention_3._route(plan, call, in_place=True)
+    assert how is (Route.IN_PLACE if left_out else Route.KEY_BOUNDS)
+
+
 def test_another_signature_of_torch_varlen_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = torch_varlen.TorchVarlenBackend()
     monkeypatch.setattr(torch_varlen, "_varlen_attn", torch_varlen._varlen_attn.__wrapped__)

@@ -320,6 +320,20 @@ def test_the_empty_part_of_a_static_cache_is_not_copied(
     assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected
 
 
+@pytest.mark.parametrize(
+    ("padding", "token_major", "expected"),
+    [(512, True, Route.IN_PLACE), (512, False, Route.DENSE), (1536, False, Route.IN_PLACE)],
+)
+def test_queries_that_are_copied_count(padding: int, token_major: bool, expected: Route) -> None:
+    real = np.repeat(np.arange(2048)[None] < 2048 - padding, 4, axis=0)
+    plan = Plan(4, 2048, 2048, Pattern.CAUSAL, CPU, real=real)
+    call = Call(
+        CPU, torch.float32, 4, 2048, 2048, 8, 8, 64, 64,
+        self_attention=True, token_major_queries=token_major,
+    )  # fmt: skip
+    assert route(plan, call, key_bounds=True, in_place=True, used_keys=True) is expected
+
+
 SHAPES = [(3, 2, 5, 4), (1, 2, 5, 4), (3, 2, 1, 4), (1, 1, 1, 4), (3, 1, 5, 4), (2, 3, 4, 2)]
 
 

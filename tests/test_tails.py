@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,6 +211,14 @@ class Elsewhere:
         return getattr(self._states, name)
 
 
+def test_what_is_launched_stays_loaded(triton: Triton) -> None:
+    """Triton unloads a function with the kernel that nothing refers to any more."""
+    tails._clear(GAPS, values(), None, 0)
+    kernel = weakref.ref(triton.launched.pop()[1])
+    gc.collect()
+    assert kernel() is not None
+
+
 def test_each_device_has_its_kernels_and_its_context(
     triton: Triton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +254,10 @@ def test_a_device_without_a_number_is_the_current_one(
     for there in (without, without, Elsewhere(values())):
         tails._clear(GAPS, there, None, 0)
     assert [how for how, *_ in triton.launched] == ["jit", "built", "built"]
+    (kind,) = (kind for _, kind in tails._launcher._built)
+    built = tails._launcher.built(without.device, kind)
+    assert built is not None
+    assert built.kernel is triton.launched[0][1]
 
 
 @pytest.mark.parametrize("pattern", [Pattern.CAUSAL, Pattern.BIDIRECTIONAL])

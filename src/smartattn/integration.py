@@ -36,7 +36,7 @@ from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
 from .masking import additive, smart_mask
-from .packing import where_keys_lie
+from .packing import lies_by_token, where_keys_lie
 from .plan import Pattern, Plan
 from .profile import profile_for
 from .record import Trace
@@ -287,6 +287,7 @@ def _choose(
         and kwargs.get("encoder_hidden_states") is None,
         keep_padding_output=settings.pad_output == "sdpa",
         token_major_keys=token_major_keys,
+        token_major_queries=lies_by_token(query),
         key_pitch=key_pitch,
         has_eager=eager is not None,
         features=frozenset(wanted),

@@ -142,12 +142,17 @@ def where_keys_lie(key: torch.Tensor, value: torch.Tensor) -> tuple[bool, int]:
     Args:
         key, value: (batch, kv_heads, kv_len, dim).
     """
-    batch, heads = key.shape[:2]
-    # One head lies either way.
-    token_major = heads == 1 or key.stride(1) < key.stride(2)
+    batch = key.shape[0]
+    token_major = lies_by_token(key)
     pitches = {_pitch(key), _pitch(value)}
     pitch = pitches.pop()
     return token_major, 0 if pitches or batch * pitch >= _MOST_TOKENS else pitch
+
+
+def lies_by_token(states: torch.Tensor) -> bool:
+    """Whether the heads of a token of (batch, heads, length, dim) tensors lie together."""
+    # One head lies either way.
+    return states.shape[1] == 1 or states.stride(1) < states.stride(2)
 
 
 def _pitch(states: torch.Tensor) -> int:

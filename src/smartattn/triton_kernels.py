@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 
-# The table of a layout lies behind others, anywhere, and gaps have any length: one kernel for all.
+# The table of a layout lies behind others, anywhere, and gaps have any length: one kernel for all,
+# since one that is not built beforehand may fail in a forward.
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["pieces"], do_not_specialize_on_alignment=["gaps"]
+    do_not_specialize=["pieces", "shares", "tails"], do_not_specialize_on_alignment=["gaps"]
 )
 def clear_kernel(  # type: ignore[no-untyped-def]
     values,

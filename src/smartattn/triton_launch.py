@@ -30,13 +30,16 @@ def hindrance(launch: Callable[[], object]) -> str | None:
 class Built(NamedTuple):
     """What Triton has built for one kind of launches.
 
-    Called as torch's Inductor does, without Triton's hooks for profilers. Source:
-    TritonCompileResult.make_launcher in torch/_inductor/runtime/triton_heuristics.py.
+    Called as torch's Inductor calls it, but for Triton's hooks for profilers, which are told of the
+    first launch alone. Source: TritonCompileResult.make_launcher in
+    torch/_inductor/runtime/triton_heuristics.py.
     """
 
     run: Callable[..., None]
     function: Any
     metadata: Any
+    #: Unloads the function when nothing refers to it any more.
+    kernel: Any
 
     def launch(self, grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
         """Launches on a stream of the current device, with addresses for tensors."""
@@ -73,6 +76,7 @@ class Launcher:
         """Launches on the current stream of a device.
 
         Args:
+            device: the current one if it has no number.
             kind: what Triton builds kernels for, beside the device: dtypes, whether addresses are
                 multiples of 16, the constants, and of integers that it is not told to take as they
                 come the size, multiplicity and whether they are 1.
@@ -84,7 +88,6 @@ class Launcher:
             NotImplementedError: Triton cannot build the kernel here.
         """
         current = torch.cuda.current_device()
-        # Without a number it is the current one.
         index = current if device.index is None else device.index
         if index == current:
             return self._launch(index, kind, grid, tensors, arguments, options)
@@ -93,7 +96,8 @@ class Launcher:
 
     def built(self, device: torch.device, kind: Hashable) -> Built | None:
         """What Triton has built for a kind on a device, None if nothing has."""
-        return self._built.get((device.index, kind))
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return self._built.get((index, kind))
 
     def _launch(
         self,
@@ -133,4 +137,5 @@ class Launcher:
         if self._direct and built is not None:
             if len(self._built) >= _MOST:
                 self._built.clear()
-            self._built[device, kind] = Built(built.run, built.function, built.packed_metadata)
+            found = Built(built.run, built.function, built.packed_metadata, built)
+            self._built[device, kind] = found

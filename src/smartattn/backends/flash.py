@@ -51,8 +51,8 @@ _SPARED_TOKENS = 192
 #: Queries per row from which padding is left in place by kernels with a backward: its workspace has
 #: room for another 128 tokens per sequence, and padding makes up to two more of each.
 BACKWARD_QUERIES = 256
-#: At this many keys, copying one key/value head takes as long as the attention of one query head
-#: by the fastest of these kernels.
+#: At this many keys, copying one key/value head, or one query head, takes as long as the attention
+#: of one query head by the fastest of these kernels.
 _COPIED_KEYS = 1024
 
 
@@ -97,6 +97,8 @@ def skipping_pays(plan: Plan, call: Call) -> bool:
         if call.grad or plan.visible < plan.kv_len:
             return False
         needed += _COPIED_KEYS * call.kv_heads / call.heads
+    if not call.token_major_queries:
+        needed += _COPIED_KEYS
     return plan.batch * plan.q_len - plan.real_q >= needed * plan.batch
 
 

@@ -12,7 +12,7 @@ import torch
 from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import VarlenKernel, varlen_refusals
+from ..packing import VarlenKernel, packs_queries, varlen_refusals
 from ..plan import Padding, Plan
 from . import splitting
 from .base import Backend, Support
@@ -46,9 +46,9 @@ _ARGUMENTS = (
 #: loads queries more slowly: up to this head_dim, and from as many keys per query on, heads are
 #: faster apart. Measured by ``benchmarks.flash_3``, as what follows.
 _APART_HEAD, _APART_KEYS = 64, 2048
-#: Keys per query from which left padding is faster left out than told by the first key of each row,
-#: since blocks for padding cost more than writing zeros.
-_LEFT_OUT_KEYS = 1024
+#: Keys per query, and share of the queries, from which left padding is faster left out than told by
+#: the first key of each row, since blocks for padding cost more than writing zeros.
+_LEFT_OUT_KEYS, _LEFT_OUT_SHARE = 1024, 0.125
 
 
 @functools.cache
@@ -174,7 +174,13 @@ def _route(plan: Plan, call: Call, in_place: bool) -> Route:
 
 def _left_out(plan: Plan, call: Call) -> bool:
     """Whether left padding is faster left out than told by the first key of each row."""
-    return call.q_len > 1 and _keys_per_query(plan) >= _LEFT_OUT_KEYS
+    if call.q_len == 1 or not packs_queries(plan, call):
+        return False
+    if call.copies_keys or not call.token_major_queries:
+        return False
+    queries = plan.batch * plan.q_len
+    padded = queries - plan.real_q >= _LEFT_OUT_SHARE * queries
+    return padded and _keys_per_query(plan) >= _LEFT_OUT_KEYS
 
 
 def _heads_apart(plan: Plan, call: Call) -> bool:
