@@ -30,6 +30,7 @@ from smartattn.measure import Patience, candidates, measure, takes_sequences
 from smartattn.parallel import at_once, calibrate_all
 from smartattn.plan import Plan
 from smartattn.reference import error_of, expected
+from smartattn.surroundings import Surroundings
 from smartattn.timing import cache_flush, interleaved, relative_spread
 from smartattn.workload import Workload
 
@@ -612,6 +613,23 @@ def test_building_for_kinds_is_not_measuring(
     own = [sample for sample in taken if sample.backend == "kinds" and sample.status == "ok"]
     assert sum(sample.first_us > 1.4e6 for sample in own) == 1
     assert all(sample.prepare_us < 5e5 for sample in own)
+
+
+def test_the_rest_of_a_layer_is_measured_before_and_after(
+    one_family: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was busy with something else for a second must not count for all layers."""
+    hosts = iter([1026.0, 503.0, 700.0])
+    monkeypatch.setattr(
+        module,
+        "measure_surroundings",
+        lambda device: Surroundings(host_us=next(hosts), flops_per_us=8e8, bytes_per_us=4e6),
+    )
+    done = calibrate(quick(0.5), backends=(SDPA, UNPADDED), lock=False)
+    assert done.profile.surroundings is not None
+    assert done.profile.surroundings.host_us == 503.0
+    head, _ = samples.load(done.samples)
+    assert head.surroundings == done.profile.surroundings
 
 
 def test_windows_are_timed_beside_padding_and_in_training() -> None:

@@ -126,3 +126,11 @@ def test_measured_on_a_gpu() -> None:
     assert 20.0 < found.host_us < 5000.0
     assert 1e7 < found.flops_per_us < 1e10
     assert 1e5 < found.bytes_per_us < 1e8
+
+
+def test_the_better_of_two_measurements_counts() -> None:
+    first = Surroundings(host_us=1026.0, flops_per_us=8.0e8, bytes_per_us=3.8e6)
+    second = Surroundings(host_us=503.0, flops_per_us=7.9e8, bytes_per_us=3.9e6)
+    expected = Surroundings(host_us=503.0, flops_per_us=8.0e8, bytes_per_us=3.9e6)
+    assert first.or_faster(second) == second.or_faster(first) == expected
+    assert first.or_faster(None) is first

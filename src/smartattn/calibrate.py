@@ -287,6 +287,9 @@ class _Sweep:
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._save(complete=False)
                     saved = time.monotonic()
+            if self.surroundings is not None:
+                # In a second a host may be busy with something else.
+                self.surroundings = self.surroundings.or_faster(self._surroundings())
             complete = True
         finally:
             self.seconds = time.monotonic() - start - patience.built_seconds

@@ -48,8 +48,8 @@ class Call:
     #: sequence follow each other; False where a cache has concatenated them as (batch, kv_heads,
     #: kv_len, head_dim). It changes what a backend costs, never what it may run.
     token_major_keys: bool = True
-    #: Queries lie as (batch, q_len, heads, head_dim) in memory; kernels for sequences need copies of
-    #: others.
+    #: Queries lie as (batch, q_len, heads, head_dim) in memory; kernels for sequences need copies
+    #: of others.
     token_major_queries: bool = True
     #: Tokens from a row of keys, and of values, to the next one, in steps from token to token:
     #: ``kv_len``, or ``kv_heads * kv_len`` where the heads of a cache lie in between. 0 where

@@ -48,6 +48,16 @@ class Surroundings(Record):
     flops_per_us: Positive
     bytes_per_us: Positive
 
+    def or_faster(self, other: Surroundings | None) -> Surroundings:
+        """The better figures of two measurements: other work on a machine only ever slows it."""
+        if other is None:
+            return self
+        return Surroundings(
+            host_us=min(self.host_us, other.host_us),
+            flops_per_us=max(self.flops_per_us, other.flops_per_us),
+            bytes_per_us=max(self.bytes_per_us, other.bytes_per_us),
+        )
+
     def slack_us(self, plan: Plan, call: Call) -> float:
         """Device time less host time of the rest of the layer that makes a call."""
         host_us, device_us = self.rest_us(plan, call)
