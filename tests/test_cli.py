@@ -265,11 +265,17 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     for change, words in (
         (causal, "forward, causal, padding on the left, float32"),
         ({**causal, "layout": "right"}, "forward, causal, padding on the right, float32"),
-        ({**causal, "layout": "masked"}, "forward, causal, a window, no padding, float32"),
+        (
+            {**causal, "layout": "masked"},
+            "forward, causal, a window of a quarter of the length, no padding, float32",
+        ),
         ({"mode": "train", "layout": "plain"}, "forward and backward, bidirectional, no padding, "),
-        ({"mode": "train", "layout": "packed"}, "bidirectional, packed sequences, float32"),
+        (
+            {"mode": "train", "layout": "packed"},
+            "bidirectional, packed sequences of that mean length, float32",
+        ),
     ):
-        cli.print_thresholds((one.model_copy(update=change),), Console(width=200))
+        cli.print_thresholds((one.model_copy(update=change),), Console(width=300))
         out = capsys.readouterr().out
         assert words in out
         assert "of each row" not in out

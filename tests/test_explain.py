@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,11 +221,10 @@ def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -
     assert chosen.device_us is not None
     assert chosen.host_us is not None
     assert chosen.host_us < chosen.predicted_us < chosen.device_us
-    assert step.header == ("backend", "adds to layer", "host", "device", "remark")
+    assert step.header == ("backend", "adds to layer", "host", "device", "shared", "remark")
     row = step.rows()[0]
-    assert row[1:4] == tuple(
-        map(format_us, (chosen.predicted_us, chosen.host_us, chosen.device_us))
-    )
+    figures = (chosen.predicted_us, chosen.host_us, chosen.device_us, chosen.shared_us)
+    assert row[1:5] == tuple(map(format_us, figures))
     text = str(step)
     assert step.idle_us is not None
     idle = format_us(step.idle_us)
@@ -247,7 +247,7 @@ def test_calls_on_their_own_take_the_longer_of_host_and_device(tmp_path: Path) -
     profile.save(alone, tmp_path / "profiles" / "nvidia-h200.json")
     answer = explain(**SIZES, batch=4, seq_len=256, causal=True, device="nvidia-h200")
     assert answer.waits_for is None
-    assert answer.header == ("backend", "predicted", "host", "device", "remark")
+    assert answer.header == ("backend", "predicted", "host", "device", "shared", "remark")
     assert answer.captions()[0].startswith("predicted: the longer one of host and device")
     assert "in a layer" not in answer.reason
     for option in answer.options:
@@ -314,6 +314,55 @@ def test_rows_one_after_the_other_are_set_aside_on_a_gpu() -> None:
     # A time would look like a reason to choose it.
     assert other.predicted_us is None
     assert other.reasons == ("rows of several lengths would run one after the other",)
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"), [({"window": 512}, "windows"), ({"dtype": "float16"}, "float16")]
+)
+def test_what_the_measured_build_lacks_is_refused_elsewhere(
+    change: dict[str, Any], missing: str
+) -> None:
+    """The profile says that fa3-fwd was there, which has neither."""
+    shape: dict[str, Any] = {**SIZES, "batch": 8, "seq_len": 4096, "causal": True}
+    plain = explain(**shape, device="nvidia-h200")
+    assert plain.backend == "flash_attention_3"
+    answer = explain(**shape, **change, device="nvidia-h200")
+    (option,) = [one for one in answer.options if one.backend == "flash_attention_3"]
+    assert option.reasons == (f"the build of fa3-fwd has no {missing}",)
+    assert answer.backend != "flash_attention_3"
+
+
+def test_what_is_shared_is_in_the_first_figure() -> None:
+    shape: dict[str, Any] = {**SIZES, "batch": 8, "seq_len": 512, "padding": 0.4, "causal": True}
+    answer = explain(**shape, device="nvidia-h200")
+    assert answer.header[2:5] == ("host", "device", "shared")
+    assert answer.idle_us is not None
+    for option in answer.options:
+        if option.predicted_us is not None:
+            own = {"host": option.host_us, "device": option.device_us}
+            other = "device" if answer.waits_for == "host" else "host"
+            own[other] = max(0.0, own[other] - answer.idle_us)
+            assert option.predicted_us == pytest.approx(max(own.values()) + option.shared_us)
+
+
+@pytest.mark.parametrize(
+    ("objective", "slowdown", "ranks"),
+    [
+        ("latency", None, "adds to layer: by how much one call lengthens its layer; this ranks"),
+        (
+            "memory",
+            1.5,
+            "above its inputs; this ranks the backends within 1.5 times the fastest\n",
+        ),
+        ("accuracy", None, "against float64; this ranks the backends\n"),
+    ],
+)
+def test_the_figure_that_ranks_is_named(objective: Any, slowdown: Any, ranks: str) -> None:
+    shape: dict[str, Any] = {**SIZES, "batch": 8, "seq_len": 512, "padding": 0.4, "causal": True}
+    with smartattn.use(objective=objective, max_slowdown=slowdown):
+        said = str(explain(**shape, device="nvidia-h200"))
+    assert ranks in said
+    assert said.count("ranks the backends") == 1
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "nvidia-h200", "nvidia h200"])
@@ -528,8 +577,12 @@ HALF = {"batch": 10, "seq_len": 20, "heads": 4, "head_dim": 20, "padding": 0.5, 
 @pytest.mark.parametrize(
     ("change", "packs", "because"),
     [
-        ({}, False, "rule of profile packing: it was slower"),
-        ({"heads": 6}, True, "rule of profile packing: it was faster"),
+        ({}, False, "rule of profile packing, below all bounds: it was slower"),
+        (
+            {"heads": 6},
+            True,
+            "rule of profile packing, padding tokens x hidden^2 at least 1e+06: it was faster",
+        ),
         ({"hidden": 120}, True, "it was faster"),
         ({"heads": 6, "hidden": 80}, False, "it was slower"),
         ({"heads": 6, "grad": True, "causal": True}, True, "it was faster"),
@@ -544,7 +597,11 @@ def test_whether_padding_free_packs(change: dict[str, Any], packs: bool, because
     assert answer.packs == packs
     assert because in (answer.packs_because or "")
     (line,) = [line for line in answer.lines() if line.startswith("padding_free ")]
-    assert because in line.replace("\n ", ":")
+    shown, asked = re.subn(r"\n  this batch: .* hidden\^2 are [0-9.e+]+", "", line)
+    assert asked == ("it was" in because)
+    if asked:
+        because = because.replace(", ", ": ", 1)
+    assert because in shown.replace("\n ", ":")
     assert ("packs this batch" in line) == packs
 
 

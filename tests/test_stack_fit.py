@@ -291,11 +291,11 @@ def test_the_sentences_say_what_was_measured() -> None:
     packed, padded = fit_stack_rules(taken, HEADER)
     assert packed.when.device == padded.when.device == "cpu"
     assert packed.because == (
-        "measured on Imaginary, 1 thread on 2026-01-01: 2 batches with at least this padding and "
+        "measured on Imaginary, 1 thread on 2026-01-01: 2 batches with at least that padding and "
         "work ran 1.20 to 1.50 times as fast packed as padded (BERT-like of hidden size 256, "
         "Llama-like of hidden size 512, 4 layers, float32, forward and training)"
     )
-    said = "2 batches with less padding or work ran 0.80 to 0.90 times as fast packed as padded ("
+    said = "2 batches below all bounds ran 0.80 to 0.90 times as fast packed as padded ("
     assert said in padded.because
 
 
@@ -309,7 +309,7 @@ def test_what_the_default_packs_is_not_counted_as_padded() -> None:
     assert rules[1] == default, "nothing contradicts it"
     left = [one for one in made if not packs(rules, one.padding_share, one.work)]
     assert [one.speedup for one in left] == [0.8, 0.7, 1.02]
-    assert "3 batches with less padding or work ran 0.70 to 1.02 times" in rules[-1].because
+    assert "3 batches below all bounds ran 0.70 to 1.02 times" in rules[-1].because
 
 
 def test_batches_of_one_share_of_padding_are_counted_together() -> None:
@@ -323,7 +323,7 @@ def test_batches_of_one_share_of_padding_are_counted_together() -> None:
     )
     rule, *_ = fit_stack_rules([first, replace(other, speedup=1.5)], HEADER)
     assert f"{rule.when.min_padding_share:.0%}" == "50%"
-    assert "2 batches with at least this padding and work ran 1.20 to 1.50" in rule.because
+    assert "2 batches with at least that padding and work ran 1.20 to 1.50" in rule.because
 
 
 def test_the_default_says_what_is_in_the_data() -> None:

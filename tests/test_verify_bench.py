@@ -147,7 +147,7 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
     out = capsys.readouterr().out
     for name in models.IMPLEMENTATIONS:
         assert name in out
-    assert out.startswith("forward, 2 x 16: ")
+    assert out.startswith("forward of the layers alone (no cache, no logits), 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
     said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: no"
     assert said in out
@@ -497,4 +497,4 @@ def test_rounds_that_vary_put_the_times_in_doubt() -> None:
     assert steady.doubt is None
     assert steady.as_dict()["doubt"] is None
     busy = made(eager=[2.0] * 5, smart=[1.0, 1.0, 2.0, 3.0, 3.0])
-    assert "vary by up to 100%" in (busy.doubt or "")
+    assert (busy.doubt or "").startswith("the rounds of smart vary by 100%: ")

@@ -23,6 +23,7 @@ from .models import (
     output_of,
     relative,
     set_implementation,
+    side_of,
 )
 from .padding_free import padding_free
 from .record import brief
@@ -176,6 +177,8 @@ class Benchmark:
     new_tokens: int
     #: (rows, tokens per row, padding included) of each batch.
     shapes: tuple[tuple[int, int], ...] = ()
+    #: Where their padding lies, "left" or "right"; None without any, or on both sides.
+    padding_side: str | None = None
 
     @property
     def rounds(self) -> int:
@@ -227,12 +230,13 @@ class Benchmark:
     @property
     def doubt(self) -> str | None:
         """Why the times may mean little, in a sentence; None where the rounds agree."""
-        spread = max((row.spread for row in self.rows), default=0.0)
-        if spread <= BUSY_SPREAD:
+        worst = max(self.rows, key=lambda row: row.spread, default=None)
+        if worst is None or worst.spread <= BUSY_SPREAD:
             return None
         return (
-            f"the rounds vary by up to {spread:.0%}: something else was using this machine, or the "
-            "work is too short to time; bench again when it is idle, or larger batches"
+            f"the rounds of {worst.implementation} vary by {worst.spread:.0%}: something else was "
+            "using this machine, or the work is too short to time; bench again when it is idle, or "
+            "larger batches"
         )
 
     @property
@@ -345,6 +349,7 @@ def bench(
         padding_tokens=sum(batch.real.numel() for batch in batches) - real,
         new_tokens=new_tokens,
         shapes=tuple(batch.shape for batch in batches),
+        padding_side=side_of(batches),
     )
 
 

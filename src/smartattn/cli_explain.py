@@ -88,7 +88,7 @@ def explain(
     console = Console()
     table = Table(
         Column("backend", overflow="fold"),
-        *(Column(name, justify="right", no_wrap=True) for name in answer.header[1:-1]),
+        *(Column(name, justify="right", overflow="fold") for name in answer.header[1:-1]),
         Column("remark", overflow="fold"),
     )
     for row in answer.rows():

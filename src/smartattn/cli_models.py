@@ -37,6 +37,10 @@ _PADDING = (
     'pad_output="sdpa"'
 )
 _AS_SDPA = "at padding positions smart is as far from eager as sdpa is"
+_AS_FAR = (
+    "at padding positions no implementation agrees with eager; to get sdpa's values there: "
+    'pad_output="sdpa"'
+)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, or a name on the hub.")
@@ -228,8 +232,11 @@ def _print_verification(found: Verification, console: Console) -> None:
     output = smart.output
     if output and output.padding and output.padding.relative > found.allowed:
         sdpa = next((one for one in found.comparisons if one.implementation == "sdpa"), None)
-        alike = sdpa is not None and sdpa.output and sdpa.output.padding == output.padding
-        console.print(_AS_SDPA if alike else _PADDING, soft_wrap=True, highlight=False)
+        theirs = sdpa.output.padding if sdpa is not None and sdpa.output else None
+        said = _PADDING
+        if theirs is not None and theirs.relative > found.allowed:
+            said = _AS_SDPA if theirs == output.padding else _AS_FAR
+        console.print(said, soft_wrap=True, highlight=False)
     if found.problem is None:
         assert output is not None
         console.print(
@@ -250,6 +257,7 @@ def _batches(found: Verification | Benchmark) -> str:
     return (
         f"{shapes_in_words(found.shapes)}: {found.real_tokens:,} real and "
         f"{found.padding_tokens:,} padding tokens"
+        + (f" on the {found.padding_side}" if found.padding_side else "")
     )
 
 
@@ -273,7 +281,9 @@ def _shown(difference: Difference | None) -> str:
 
 
 def _print_benchmark(found: Benchmark, console: Console) -> None:
-    doing = f"{found.new_tokens} new tokens" if found.new_tokens else "forward"
+    # As ``models.forward`` does it.
+    alone = "forward of the layers alone (no cache, no logits)"
+    doing = f"{found.new_tokens} new tokens" if found.new_tokens else alone
     console.print(
         f"{doing}, {_batches(found)}, {found.dtype}, {found.device}; medians of {found.rounds} "
         f"interleaved round{'s' * (found.rounds != 1)}",

@@ -101,7 +101,7 @@ def _print_profile(profile: Profile, console: Console, crossover: bool, kind: st
     from .profile import stack_rules
 
     if profile.device is not None:
-        made = f", {profile.run.mode}, {profile.run.samples} samples" if profile.run else ""
+        made = f", {profile.run.mode} run, {profile.run.samples} samples" if profile.run else ""
         console.print(f"Measured on {escape(str(profile.device))}, {profile.date}{made}")
     for backend, reason in (profile.run.excluded if profile.run else {}).items():
         console.print(f"{backend} is left out: {escape(reason)}", soft_wrap=True)
@@ -180,11 +180,17 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         "head dim",
         "padding",
         "fastest from which key length on" + ratio,
-        title="Thresholds, for 8 rows or packed sequences and 16 heads",
+        Column("measured to", justify="right"),
+        title="Thresholds, for 8 rows or packed sequences and 16/16 heads",
     )
     last = None
     for threshold in thresholds:
-        padding = LAYOUTS[threshold.layout]
+        # Who is fastest is looked for with these.
+        more = {
+            "masked": "a window of a quarter of the length, no padding",
+            "packed": "packed sequences of that mean length",
+        }
+        padding = more.get(threshold.layout, LAYOUTS[threshold.layout])
         if threshold.causal and threshold.layout == "padded":
             padding += " on the left"
         call = f"{in_words(threshold.mode, threshold.causal, padding)}, {threshold.dtype}"
@@ -200,6 +206,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
             str(threshold.head_dim) if group != last else "",
             f"{threshold.padding_share:.0%}" + " of each row" * threshold.alike,
             ", ".join(winners),
+            "-" if threshold.measured_to is None else f"{threshold.measured_to:,}",
         )
         last = group
     if table.row_count:

@@ -124,6 +124,8 @@ class Estimate(NamedTuple):
     slack_us: float = 0.0
     #: The longest key length, in tokens, that this comes from; 0 if it is unknown.
     longest_kv_len: int = 0
+    #: What of ``us`` is this layer's share of what is prepared once per forward.
+    shared_us: float = 0.0
 
 
 class _Model(NamedTuple):
@@ -212,8 +214,9 @@ class Predictor:
         if self._surroundings is not None:
             slack_us = self._surroundings.slack_us(plan, call)
             bottleneck = "host" if slack_us < 0 else "device"
+        shared_us = _weighted(model.prepare, amounts) / LAYERS
         return Estimate(
-            us=waited_us(host_us, device_us, slack_us) + _weighted(model.prepare, amounts) / LAYERS,
+            us=waited_us(host_us, device_us, slack_us) + shared_us,
             peak_bytes=scale * _weighted(model.memory, amounts) if model.memory else None,
             error=model.error,
             build_us=model.build_us,
@@ -222,6 +225,7 @@ class Predictor:
             device_us=device_us if apart else None,
             slack_us=slack_us,
             longest_kv_len=model.longest // MAX_EXTRAPOLATION,
+            shared_us=shared_us,
         )
 
     def rest_us(self, plan: Plan, call: Call) -> float:

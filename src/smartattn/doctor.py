@@ -177,6 +177,8 @@ def _kind(workload: Workload) -> str:
         return "packed sequences"
     if workload.window:
         return "windows"
+    if not workload.causal:
+        return "forwards of encoders"
     return "forwards without padding" if workload.side == "none" else "padded forwards"
 
 

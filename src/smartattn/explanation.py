@@ -23,7 +23,7 @@ from .machine import changed_since, versions
 from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan
 from .record import brief
-from .stack_choice import KEEPS_PADDING, backend_refusal, pays
+from .stack_choice import KEEPS_PADDING, backend_refusal, in_words, pays
 from .target import Target, target_of
 from .units import format_us
 from .workload import WORDS, Side, Workload, as_padded, usual_memory
@@ -53,6 +53,8 @@ class Option:
     #: How long one call keeps the host and the device busy; None on a CPU, where both are the same.
     host_us: float | None
     device_us: float | None
+    #: What of ``predicted_us`` is the layer's share of what is made once per forward.
+    shared_us: float | None
     #: Peak memory in bytes, and error against float64 relative to the largest value.
     predicted_bytes: float | None
     expected_error: float | None
@@ -99,6 +101,8 @@ class Explanation:
     #: batch without padding. What the model itself refuses is not known here.
     packs: bool | None = None
     packs_because: str | None = None
+    #: What a rule that decided so was asked of this batch; None where none did.
+    packs_asked: str | None = None
     #: Why no prediction decides although the profile has some; None where one does.
     unmeasured: str | None = None
     #: What the rest of the layer that makes this call waits for, the predictions being by how much
@@ -143,7 +147,7 @@ class Explanation:
         return (
             "backend",
             "adds to layer" if self.waits_for else "predicted",
-            *(("host", "device") if self._apart else ()),
+            *(("host", "device", "shared") if self._apart else ()),
             *more.get(self._goal, ()),
             "remark",
         )
@@ -162,7 +166,7 @@ class Explanation:
             (
                 o.backend,
                 format_us(o.predicted_us),
-                *((format_us(o.host_us), format_us(o.device_us)) if self._apart else ()),
+                *(map(format_us, (o.host_us, o.device_us, o.shared_us)) if self._apart else ()),
                 *(() if figure is None else (figure(o),)),
                 _remark(o, best),
             )
@@ -190,24 +194,31 @@ class Explanation:
     def captions(self) -> list[str]:
         """What the columns of figures mean."""
         share = f"1/{LAYERS} of what is made once per forward"
+        # Another objective ranks by what it is about.
+        ranks = dict.fromkeys(("latency", "memory", "accuracy"), "")
+        ranks[self._goal] = "; this ranks the backends"
+        if self._goal != LATENCY.goal and " within " in self.objective:
+            within = self.objective.partition(" within ")[2]
+            ranks[self._goal] = f"; this ranks the backends within {within}"
         if self.waits_for:
             other = "device" if self.waits_for == "host" else "host"
             captions = [
-                "adds to layer: by how much one call lengthens its layer; this ranks the backends",
+                f"adds to layer: by how much one call lengthens its layer{ranks['latency']}",
                 f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}: "
                 f"of a call's {other} time only what goes beyond that adds",
-                f"  {share} is in it",
             ]
         elif self._apart:
-            captions = [f"predicted: the longer one of host and device, and {share}"]
+            captions = ["predicted: the longer one of host and device, and what is shared"]
         else:
             captions = [f"predicted: the time of one call, and {share}"]
         if self._apart:
             captions.append("host, device: how long one call keeps each of them busy")
+            captions.append(f"shared: {share}, which is in the first figure")
         if self._goal == "memory":
-            captions.append("peak memory: what one call takes above its inputs")
+            captions.append(f"peak memory: what one call takes above its inputs{ranks['memory']}")
         elif self._goal == "accuracy":
-            captions.append("expected error: relative to the largest value, against float64")
+            of = "relative to the largest value, against float64"
+            captions.append(f"expected error: {of}{ranks['accuracy']}")
         captions.append('"-": not measured, set aside or refused, as the remark says')
         return captions
 
@@ -238,9 +249,14 @@ class Explanation:
         if self.packs is not None:
             does = "packs this batch" if self.packs else "runs this batch padded"
             rule, _, source = brief(self.packs_because or "").partition(": ")
-            # What was measured where is a line of its own, or none would fit a terminal.
-            source = source.replace(": ", ":\n  ", 1)
-            lines.append(f"padding_free {does}: {rule}" + (source and f"\n  {source}"))
+            # Bounds, and what was measured where, are lines of their own, or none would fit a
+            # terminal.
+            parts = [f"padding_free {does}: {rule}"]
+            if self.packs_asked:
+                rule, _, bounds = rule.partition(", ")
+                parts = [f"padding_free {does}: {rule}", bounds, f"this batch: {self.packs_asked}"]
+            parts.append(source.replace(": ", ":\n  ", 1))
+            lines.append("\n  ".join(filter(None, parts)))
         return lines
 
     def __str__(self) -> str:
@@ -359,6 +375,9 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         differences = profile.versions.differences(versions(target.identity.kind))
     path = target.found.path
     packs, packs_because = _packs(workload, hidden, target, settings)
+    packs_asked = None
+    if packs_because is not None and packs_because.startswith("rule of profile "):
+        packs_asked = in_words(plan, hidden, profile)
     estimates = [profile.estimate(backend.name, plan, call) for backend in BACKENDS]
     known = next((one for one in estimates if one is not None), None)
     winners = _winners(workload, target, settings) if decision else ()
@@ -384,6 +403,7 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         winners=winners,
         packs=packs,
         packs_because=packs_because,
+        packs_asked=packs_asked,
         unmeasured=unmeasured,
         waits_for=known.bottleneck if known else None,
         idle_us=abs(known.slack_us) if known and known.bottleneck else None,
@@ -478,6 +498,7 @@ def _options(
                 predicted_us=estimate and estimate.us,
                 host_us=estimate and estimate.host_us,
                 device_us=estimate and estimate.device_us,
+                shared_us=estimate and estimate.shared_us,
                 predicted_bytes=estimate and estimate.peak_bytes,
                 expected_error=estimate and estimate.error,
                 reasons=reasons,

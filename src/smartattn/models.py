@@ -76,6 +76,16 @@ def shapes_in_words(shapes: Sequence[tuple[int, int]]) -> str:
     return f"{len(shapes)} batches of " * (len(shapes) > 1) + " x ".join(sizes)
 
 
+def side_of(batches: Sequence[Batch]) -> str | None:
+    """Where the padding of batches lies, "left" or "right"; None without any, or on both."""
+    padded = [batch.real for batch in batches if not batch.real.all()]
+    if not padded:
+        return None
+    if all(bool(real[:, -1].all()) for real in padded):
+        return "left"
+    return "right" if all(bool(real[:, 0].all()) for real in padded) else None
+
+
 def load(
     name: str, gguf_file: str | None, device: torch.device, dtype: torch.dtype | None = None
 ) -> Any:

@@ -148,6 +148,9 @@ class Threshold(Record):
     #: what calls add to their layers: they grow without bound where a layer hides its call.
     ratio_of: RatioOf | None = None
     winners: Annotated[tuple[Winner, ...], Field(min_length=1, max_length=1000)]
+    #: The longest key length measured, in tokens, up to which winners were looked for; None in
+    #: profiles of before.
+    measured_to: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
 
 class Run(Record):

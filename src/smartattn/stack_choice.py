@@ -15,7 +15,7 @@ from .control import Settings
 from .packed_stack import Packing, argument_refusal
 from .plan import Padding, Plan
 from .profile import Profile, profile_for, stack_rules
-from .stack_rule import stack_rule
+from .stack_rule import StackRule, StackWhen, stack_rule
 from .stacks import Head, Stack
 
 #: Why nothing is packed under ``pad_output="sdpa"``.
@@ -116,15 +116,40 @@ def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
         plan: the padded batch.
         hidden: size of the hidden states.
     """
-    tokens = plan.batch * plan.q_len
-    padding = tokens - plan.real_q
-    work = float(padding * hidden**2)
-    rule = stack_rule(stack_rules(profile), plan.device.type, padding / tokens, work, hidden)
-    if rule is None:
+    rule, when = _rule(plan, hidden, profile)
+    if rule is None or when is None:
         return False, "no rule of the profile says that it pays"
     # A profile without rules of its own goes by those of the default.
     name = profile.name if profile.padding_free else "default"
-    return rule.pack, f"rule of profile {name}: {rule.because}"
+    said = str(when.model_copy(update={"device": None})) if rule.pack else "below all bounds"
+    return rule.pack, f"rule of profile {name}, {said}: {rule.because}"
+
+
+def in_words(plan: Plan, hidden: int, profile: Profile) -> str | None:
+    """What the rules for packing are asked of a batch, as a phrase; None without any rule."""
+    when = _rule(plan, hidden, profile)[1]
+    if when is None:
+        return None
+    tokens = plan.batch * plan.q_len
+    padding = tokens - plan.real_q
+    spared = when.min_spared_work is not None
+    counted, words = (padding, "padding tokens") if spared else (tokens, "tokens")
+    work = when.work(counted, hidden)
+    return f"{padding / tokens:.0%} padding, {words} x {when.unit} are {work:.2g}"
+
+
+def _rule(plan: Plan, hidden: int, profile: Profile) -> tuple[StackRule | None, StackWhen | None]:
+    """The rule that holds for a batch, and the conditions that it meets, or else is asked first."""
+    tokens = plan.batch * plan.q_len
+    padding = tokens - plan.real_q
+    rules = stack_rules(profile)
+    work = float(padding * hidden**2)
+    rule = stack_rule(rules, plan.device.type, padding / tokens, work, hidden)
+    if rule is None:
+        return None, None
+    if rule.pack:
+        return rule, rule.when
+    return rule, next((one.when for one in rules if one.pack), rule.when)
 
 
 def _call(request: Request, packed: Plan) -> Call:

@@ -60,7 +60,7 @@ def fit_stack_rules(
     for when in _bounds(samples, kind, _width(samples)):
         packed |= np.array([_holds(when, sample, kind) for sample in samples])
         inside = np.array([_counts(when, sample, kind) for sample in samples])
-        batches = f"{_count(inside)} with at least this padding and work"
+        batches = f"{_count(inside)} with at least that padding and work"
         because = f"{measured}: {batches} ran {_times(speedups[inside])} ({described})"
         rules.append(StackRule(when=when, pack=True, because=because))
     beyond = [
@@ -73,7 +73,7 @@ def fit_stack_rules(
     because = f"{measured}: smaller batches and less padding were not timed"
     if not packed.all():
         some = packed.any()
-        batches = f"{_count(~packed)} {'with less padding or work ' if some else ''}ran"
+        batches = f"{_count(~packed)} {'below all bounds ' if some else ''}ran"
         certain = "" if some else f", none of them {MARGIN:.0%} faster for certain"
         because = f"{measured}: {batches} {_times(speedups[~packed])}{certain} ({described})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)

@@ -52,15 +52,23 @@ class StackWhen(Record):
             and (self.min_spared_work is None or spared_work >= self.min_spared_work)
         )
 
+    def work(self, tokens: int, hidden: int) -> float:
+        """The work of so many tokens as this counts it."""
+        return float(tokens * hidden * (hidden + (self.width or 0.0)))
+
+    @property
+    def unit(self) -> str:
+        """What work is counted in, as a phrase."""
+        return "hidden^2" if not self.width else f"hidden x (hidden + {self.width:.0f})"
+
     def __str__(self) -> str:
         phrases = [] if self.device is None else [f"on {self.device}"]
-        work = "hidden^2" if not self.width else f"hidden x (hidden + {self.width:.0f})"
         if self.min_padding_share is not None:
             phrases.append(f"from {self.min_padding_share:.0%} padding on")
         if self.min_work is not None:
-            phrases.append(f"tokens x {work} at least {self.min_work:.2g}")
+            phrases.append(f"tokens x {self.unit} at least {self.min_work:.2g}")
         if self.min_spared_work is not None:
-            phrases.append(f"padding tokens x {work} at least {self.min_spared_work:.2g}")
+            phrases.append(f"padding tokens x {self.unit} at least {self.min_spared_work:.2g}")
         return ", ".join(phrases) or "otherwise"
 
 

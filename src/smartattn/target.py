@@ -36,7 +36,8 @@ class Target:
         if self.identity is not None and self.identity.capability is not None:
             major, _, minor = self.identity.capability.partition(".")
             capability = (int(major), int(minor or 0))
-        return backend.refusals_elsewhere(plan, call, capability)
+        packages = self.found.profile.versions
+        return backend.refusals_elsewhere(plan, call, capability, packages)
 
     def _absent(self, backend: Backend) -> str | None:
         """What the profile says against a package being where it was measured."""

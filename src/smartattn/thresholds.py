@@ -68,6 +68,7 @@ def thresholds(
                         alike=usual.spread == "same",
                         ratio_of="layer" if predictor.of_layers else "call",
                         winners=tuple(winners),
+                        measured_to=longest,
                     )
                 )
     return found

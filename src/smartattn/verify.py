@@ -22,6 +22,7 @@ from .models import (
     output_of,
     relative,
     set_implementation,
+    side_of,
 )
 
 #: Largest |difference| / largest |eager| at real positions that rounding may explain, over all the
@@ -94,6 +95,8 @@ class Verification:
     problem: str | None
     #: (rows, tokens per row, padding included) of each batch.
     shapes: tuple[tuple[int, int], ...] = ()
+    #: Where their padding lies, "left" or "right"; None without any, or on both sides.
+    padding_side: str | None = None
 
     @property
     def agrees(self) -> bool:
@@ -147,6 +150,7 @@ def verify(
         allowed=allowed,
         problem=_problem(smart, allowed),
         shapes=tuple(batch.shape for batch in batches),
+        padding_side=side_of(batches),
     )
 
 

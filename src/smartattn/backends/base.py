@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..call import Call, Runner
+from ..machine import Versions
 from ..plan import Plan
 from . import splitting
 from .splitting import Step
@@ -123,9 +124,18 @@ class Backend(ABC):
         return reasons + declared_refusals(self.support, call) + self.further_refusals(plan, call)
 
     def refusals_elsewhere(
-        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+        self,
+        plan: Plan,
+        call: Call,
+        capability: tuple[int, int] | None,
+        packages: Versions | None = None,
     ) -> list[str]:
-        """The same on another machine that has its package; ``capability`` is its GPU's."""
+        """The same on another machine that has its package.
+
+        Args:
+            capability: of its GPU.
+            packages: their versions there; None if they are not known.
+        """
         declared = declared_refusals(self.support, call, capability)
         return declared + self.further_refusals(plan, call)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..call import Call, Runner
+from ..machine import Versions
 from ..plan import Plan
 from .base import Backend, Support
 
@@ -30,7 +31,11 @@ class EagerBackend(Backend):
         return []
 
     def refusals_elsewhere(
-        self, plan: Plan, call: Call, capability: tuple[int, int] | None
+        self,
+        plan: Plan,
+        call: Call,
+        capability: tuple[int, int] | None,
+        packages: Versions | None = None,
     ) -> list[str]:
         return self.refusals(plan, call)
 

@@ -12,6 +12,7 @@ import torch
 from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
+from ..machine import Versions
 from ..packing import VarlenKernel, packs_queries, varlen_refusals
 from ..plan import Padding, Plan
 from . import splitting
@@ -49,6 +50,17 @@ _APART_HEAD, _APART_KEYS = 64, 2048
 #: Keys per query, and share of the queries, from which left padding is faster left out than told by
 #: the first key of each row, since blocks for padding cost more than writing zeros.
 _LEFT_OUT_KEYS, _LEFT_OUT_SHARE = 1024, 0.125
+
+
+#: What the package fa3-fwd is built without. Source: its description on PyPI.
+_LACKED = frozenset({"float16", "window"})
+
+
+def _asked_of_a_build(plan: Plan, call: Call) -> list[tuple[str, str]]:
+    """What a call needs of those features that not every build has, and their names in words."""
+    needed = {"float16": call.dtype is torch.float16, "window": plan.window_matters}
+    words = {"float16": "float16", "window": "windows"}
+    return [(feature, words[feature]) for feature, asked in needed.items() if asked]
 
 
 @functools.cache
@@ -124,10 +136,25 @@ class FlashAttention3Backend(Backend):
         if 0 in (call.batch, call.q_len, call.kv_len):
             reasons.append("takes no empty tensors")
         if call.device.type == "cuda" and self.unavailable() is None:
-            if call.dtype is torch.float16 and not has("float16", call.device):
-                reasons.append("this build has no float16")
-            if plan.window_matters and not has("window", call.device):
-                reasons.append("this build has no windows")
+            asked = _asked_of_a_build(plan, call)
+            reasons += [
+                f"this build has no {words}" for f, words in asked if not has(f, call.device)
+            ]
+        return reasons
+
+    def refusals_elsewhere(
+        self,
+        plan: Plan,
+        call: Call,
+        capability: tuple[int, int] | None,
+        packages: Versions | None = None,
+    ) -> list[str]:
+        reasons = super().refusals_elsewhere(plan, call, capability, packages)
+        if packages is not None and packages.fa3_fwd and not packages.flash_attn_3:
+            asked = _asked_of_a_build(plan, call)
+            reasons += [
+                f"the build of fa3-fwd has no {words}" for f, words in asked if f in _LACKED
+            ]
         return reasons
 
     def tile(self, plan: Plan, call: Call) -> tuple[int, int]:

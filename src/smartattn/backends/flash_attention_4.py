@@ -70,7 +70,7 @@ def _functions() -> tuple[Functions | None, str | None]:
     except Exception as error:  # a broken build may raise anything
         if versions("cuda").flash_attn_4 is None:
             # flash-attn 2 brings an early version of the same module along.
-            return None, f"flash-attn-4 is not installed, and {_MODULE} is not its module"
+            return None, f"flash-attn-4 is not installed: the {_MODULE} here came with flash-attn 2"
         return None, f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}"
     return (found, None) if known else (None, f"{_MODULE} has other signatures than are known")
 
