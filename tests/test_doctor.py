@@ -247,7 +247,10 @@ def test_what_was_not_reached_is_named_and_more_time_can_be_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = doctor.cases("cpu")
-    names = ("decoding", "training", "packed sequences", "windows", "forwards without padding")
+    names = (
+        *("decoding", "training", "packed sequences", "windows", "forwards without padding"),
+        "forwards of encoders",
+    )
     assert doctor._unreached(found, 1) == names
     assert doctor._unreached(found, 3) == names[2:]
     assert doctor._unreached(found, len(names) + 1) == ()
