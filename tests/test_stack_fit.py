@@ -266,7 +266,7 @@ def test_the_default_holds_beyond_what_was_measured() -> None:
     raised, never = fit_stack_rules([*tiny, loses], HEADER, DEFAULT)
     assert raised.when.min_spared_work == 2 * loses.spared_work
     assert raised.when.min_padding_share == 0.2
-    assert raised.because == "beyond what was measured, by the default: the default"
+    assert raised.because == "beyond the batches that contradict it, by the default: the default"
     # Rules that reckon with narrow layers are narrowed in their own measure.
     wide = tuple(
         rule.model_copy(update={"when": rule.when.model_copy(update={"width": 1000.0})})

@@ -30,7 +30,9 @@ def list_profiles() -> None:
     from .profile import ProfileError, find, load, shipped_profiles, user_profiles
 
     console = Console()
-    table = Table("whose", "profile", "device", "date", Column("file", overflow="fold"))
+    # The name is what other commands are given.
+    name = Column("profile", overflow="fold")
+    table = Table("whose", name, "device", "date", Column("file", overflow="fold"))
     folders = (("yours", user_profiles()), ("shipped", shipped_profiles()))
     for whose, folder in folders:
         for path in sorted(folder.glob("*.json")):

@@ -106,7 +106,7 @@ def _print_profile(profile: Profile, console: Console, crossover: bool, kind: st
     for backend, reason in (profile.run.excluded if profile.run else {}).items():
         console.print(f"{backend} is left out: {escape(reason)}", soft_wrap=True)
     for complaint in profile.run.complaints if profile.run else ():
-        console.print(f"[yellow]{escape(complaint)}: calibrate again when it is idle[/]")
+        console.print(f"[yellow]{escape(complaint)}: calibrate again when this machine is idle[/]")
     if crossover and profile.costs:
         from .crossover import maps
         from .crossover import show as show_maps

@@ -81,7 +81,7 @@ class Watch:
             if late - 1 > SLOWER_IN_THE_END:
                 found.append(f"a reference kernel took {late - 1:.0%} longer in the end")
             elif tenth - 1 > SLOWER_AT_TIMES:
-                found.append(f"a reference kernel took {tenth - 1:.0%} longer at times")
+                found.append(f"one run in ten of a reference kernel took {tenth - 1:.0%} longer")
         if len(self.clock) >= 2 * _ENDS:
             fall = 1 - statistics.median(self.clock[-_ENDS:]) / max(self.clock)
             if fall > CLOCK_FALL:

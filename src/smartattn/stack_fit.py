@@ -53,7 +53,6 @@ def fit_stack_rules(
         return ()
     kind = header.device.kind
     measured = f"measured on {header.device} on {header.date}"
-    described = _described(samples)
     speedups = np.array([sample.speedup for sample in samples])
     packed = np.zeros(len(samples), dtype=bool)
     rules = []
@@ -61,7 +60,8 @@ def fit_stack_rules(
         packed |= np.array([_holds(when, sample, kind) for sample in samples])
         inside = np.array([_counts(when, sample, kind) for sample in samples])
         batches = f"{_count(inside)} with at least that padding and work"
-        because = f"{measured}: {batches} ran {_times(speedups[inside])} ({described})"
+        because = f"{measured}: {batches} ran {_times(speedups[inside])}"
+        because += f" ({_described(samples, inside)})"
         rules.append(StackRule(when=when, pack=True, because=because))
     beyond = [
         _beyond(rule, samples, kind)
@@ -75,7 +75,8 @@ def fit_stack_rules(
         some = packed.any()
         batches = f"{_count(~packed)} {'below all bounds ' if some else ''}ran"
         certain = "" if some else f", none of them {MARGIN:.0%} faster for certain"
-        because = f"{measured}: {batches} {_times(speedups[~packed])}{certain} ({described})"
+        because = f"{measured}: {batches} {_times(speedups[~packed])}{certain}"
+        because += f" ({_described(samples, ~packed)})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)
     return (*rules, *beyond, never)
 
@@ -93,7 +94,7 @@ def _beyond(
     if not lost:
         return rule
     least = min(MAX_WORK, _BEYOND * max(lost))
-    because = f"beyond what was measured, by the default: {rule.because}"[:2000]
+    because = f"beyond the batches that contradict it, by the default: {rule.because}"[:2000]
     when = rule.when.model_copy(update={"min_spared_work": least})
     return rule.model_copy(update={"when": when, "because": because})
 
@@ -186,8 +187,9 @@ def _times(speedups: FloatArray) -> str:
     return f"{span} times as fast packed as padded"
 
 
-def _described(samples: Sequence[StackSample]) -> str:
-    """What was measured, as a phrase."""
+def _described(every: Sequence[StackSample], which: BoolArray) -> str:
+    """What some batches were of, as a phrase."""
+    samples = [sample for sample, one in zip(every, which, strict=True) if one]
     stacks = dict.fromkeys(
         ("Llama" if s.workload.causal else "BERT", s.hidden, s.workload.mode) for s in samples
     )
