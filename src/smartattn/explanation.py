@@ -194,16 +194,13 @@ class Explanation:
     def captions(self) -> list[str]:
         """What the columns of figures mean."""
         share = f"1/{LAYERS} of what is made once per forward"
-        # Another objective ranks by what it is about.
-        ranks = dict.fromkeys(("latency", "memory", "accuracy"), "")
-        ranks[self._goal] = "; this ranks the backends"
-        if self._goal != LATENCY.goal and " within " in self.objective:
-            within = self.objective.partition(" within ")[2]
-            ranks[self._goal] = f"; this ranks the backends within {within}"
+        # Each objective ranks by what it is about.
+        ranks = "; this ranks the backends" + self.objective.removeprefix(self._goal)
         if self.waits_for:
             other = "device" if self.waits_for == "host" else "host"
             captions = [
-                f"adds to layer: by how much one call lengthens its layer{ranks['latency']}",
+                "adds to layer: by how much one call lengthens its layer"
+                + (ranks if self._goal == LATENCY.goal else ""),
                 f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}: "
                 f"of a call's {other} time only what goes beyond that adds",
             ]
@@ -215,10 +212,10 @@ class Explanation:
             captions.append("host, device: how long one call keeps each of them busy")
             captions.append(f"shared: {share}, which is in the first figure")
         if self._goal == "memory":
-            captions.append(f"peak memory: what one call takes above its inputs{ranks['memory']}")
+            captions.append(f"peak memory: what one call takes above its inputs{ranks}")
         elif self._goal == "accuracy":
             of = "relative to the largest value, against float64"
-            captions.append(f"expected error: {of}{ranks['accuracy']}")
+            captions.append(f"expected error: {of}{ranks}")
         captions.append('"-": not measured, set aside or refused, as the remark says')
         return captions
 
