@@ -100,6 +100,23 @@ def test_built_once_waiting_has_cost_as_much(profile: Profile) -> None:
     assert uses(run, 2) == ["built"] * 2
 
 
+@pytest.mark.parametrize(("ready_us", "waits"), [(10.05, False), (10.2, True)])
+def test_nothing_is_counted_where_another_is_as_fast(
+    ready_us: float, waits: bool, profile: Profile
+) -> None:
+    verdicts = (Verdict("built", (), 10.0, build_us=4000.0), Verdict("ready", (), ready_us))
+    decision = Decision(BUILT, "fastest", verdicts, profile)
+    first = FirstUses((BUILT, READY, SLOW))
+    now = plan()
+    now.decisions["layer"] = "kept"
+    chosen, run = bound(first, decision, now, CALL)
+    assert chosen.backend is READY
+    assert (chosen.waiting_for is not None) == waits
+    assert chosen.reason.startswith("as fast as built") != waits
+    assert uses(run, 10_000) == ["ready"] * 10_000
+    assert bool(now.decisions) != waits
+
+
 def test_every_shape_counts_for_itself(profile: Profile) -> None:
     first = FirstUses((BUILT, READY, SLOW))
     _, run = bound(first, decide(profile), plan(), CALL)

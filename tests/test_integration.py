@@ -479,7 +479,8 @@ def test_the_trace_of_a_model_is_plain_data() -> None:
 def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> None:
     """The plan of a None mask is shared by all forwards of one shape, so it must not grow."""
     from smartattn import integration, profile
-    from smartattn.backends import base
+    from smartattn.plan import Pattern
+    from smartattn.shared_plans import shared_plan
 
     layer = tiny_model("bert", "smart").encoder.layer[0].attention.self
     states = [torch.randn(1, 4, 6, 8) for _ in range(3)]
@@ -488,7 +489,7 @@ def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> No
             integration.smart_attention(layer, *states, None)
     device = torch.device("cpu")
     in_force = profile.profile_for(device)
-    plan = integration._unmasked_plan(1, 6, 6, False, device, (id(in_force), base.releases()))
+    plan = shared_plan(1, 6, 6, Pattern.BIDIRECTIONAL, device)
     assert 0 < len(plan.decisions) <= integration._MAX_CHOICES
     try:
         profile.set_profile(None)
@@ -496,9 +497,7 @@ def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> No
         with smartattn.trace() as trace:
             integration.smart_attention(layer, *states, None)
         assert len(trace.rows) == 1
-        fresh = integration._unmasked_plan(
-            1, 6, 6, False, device, (id(profile.profile_for(device)), base.releases())
-        )
+        fresh = shared_plan(1, 6, 6, Pattern.BIDIRECTIONAL, device)
         assert fresh is not plan
         assert len(fresh.decisions) == 1
     finally:

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from smartattn import tails
+from smartattn import moves, tails
 from smartattn.backends import triton_varlen
 from smartattn.layouts import LONGEST_TILE
 
@@ -93,3 +93,41 @@ def test_outputs_of_padding_become_zeros_and_no_others(heads: int, dim: int) -> 
     assert bool(output.isnan().all())
     cleared = [i for i in range(40) if not bool(values[i].isnan().any())]
     assert cleared == [0, 1, 5, 6, 10, 11, 15, 16]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "rows"), [(1, 8, 4), (3, 80, 4), (8, 64, 7), (2, 264, 4), (1, 1024, 5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tokens_are_moved_there_and_back(
+    heads: int, dim: int, rows: int, dtype: torch.dtype
+) -> None:
+    length = 21
+    index = torch.randperm(rows * length)[:50].sort().values
+    sources = moves.sources(index, rows * length)
+    tokens = torch.randn(1, len(index), heads, dim).to(dtype)
+    expected = torch.zeros(rows * length, heads, dim, dtype=dtype)
+    expected[index] = tokens[0]
+    expected = expected.view(rows, length, heads, dim)
+    by_token = torch.full((rows, length, heads, dim), torch.nan, dtype=dtype)
+    by_head = torch.full((rows, heads, length, dim), torch.nan, dtype=dtype).transpose(1, 2)
+    for padded in (by_token, by_head):
+        assert moves._move(tokens, sources, padded)
+        assert torch.equal(padded, expected)
+        packed = torch.full_like(tokens, torch.nan)
+        assert moves._move(padded, index, packed)
+        assert torch.equal(packed, tokens)
+
+
+def test_what_cannot_be_moved_at_once_is_left_alone() -> None:
+    index = torch.tensor([0, 1])
+    target = torch.full((1, 2, 1, 8), 7.0)
+    for states in (
+        torch.randn(1, 2, 1, 16)[..., ::2],
+        torch.randn(1, 2, 1, 9)[..., :8],
+        torch.randn(17)[1:].view(1, 2, 1, 8),
+    ):
+        assert not moves._move(states, index, target)
+    assert bool((target == 7.0).all())
+    assert moves._move(torch.randn(1, 0, 1, 8), index * 0 - 1, target)
+    assert not target.any()

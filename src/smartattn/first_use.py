@@ -20,7 +20,7 @@ import torch
 
 from .backends import Backend
 from .call import Call, Runner
-from .choose import Decision, Verdict
+from .choose import TIE, Decision, Verdict
 from .plan import Plan
 from .units import format_us
 
@@ -72,9 +72,16 @@ class FirstUses:
             shape.lost_us += building
             rents.append(_Rent(shape, _longer_us(verdict, better), better.build_us))
         waiting_for = decision.backend.name
+        built = f"build kernels for such calls ({format_us(decision.verdict.build_us)})"
+        best = decision.predicted_us
+        if best is not None and all(rent.loss_us <= TIE * best for rent in rents) and not building:
+            # Nothing is lost that could be measured: it is not worth counting either.
+            reason = f"as fast as {waiting_for}, which would first have to {built}"
+            chosen = replace(decision, backend=backend, reason=reason)
+            return chosen, functools.partial(backend.bind, plan, call)
         reason = (
-            f"{waiting_for} would first have to build kernels for such calls "
-            f"({format_us(decision.verdict.build_us)}), which pays once they have come often enough"
+            f"{waiting_for} would first have to {built}, which pays once they have come often "
+            "enough"
         )
         chosen = replace(decision, backend=backend, reason=reason, waiting_for=waiting_for)
         wait = functools.partial(_Waiting, rents, backend, plan, call)

@@ -29,7 +29,6 @@ from .arguments import (
     packed_by_arguments,
 )
 from .backends import BACKENDS
-from .backends.base import releases
 from .call import Call, Runner
 from .choose import LATENCY, Chooser, Decision
 from .control import Settings, settings_for
@@ -40,6 +39,7 @@ from .packing import lies_by_token, where_keys_lie
 from .plan import Pattern, Plan
 from .profile import profile_for
 from .record import Trace
+from .shared_plans import capturing, shared_plan
 
 logger = logging.getLogger("smartattn")
 
@@ -131,9 +131,14 @@ def smart_attention(
     if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
     if choice is None:
-        if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
+        if (
+            kwargs.get("output_attentions")
+            or isinstance(kwargs.get("cache"), PagedAttentionCache)
+            or capturing(query.device)
+        ):
             # Transformers' own warning, and its own handling of paged caches: since 5.24 layers
-            # handle them themselves.
+            # handle them themselves. A graph must find what it was captured with: nothing that
+            # belongs to a plan.
             output, weights = sdpa_attention_forward(
                 module,
                 query,
@@ -220,28 +225,13 @@ def _plan_of(
         else:
             mask = mask.dense()
     if mask is None:
-        device = query.device
-        causal = bool(is_causal) and q_len > 1
-        stamp = (id(profile_for(device)), releases())
-        return _unmasked_plan(batch, q_len, kv_len, causal, device, stamp)
+        pattern = Pattern.CAUSAL if is_causal and q_len > 1 else Pattern.BIDIRECTIONAL
+        return shared_plan(batch, q_len, kv_len, pattern, query.device)
     if mask.device != query.device:
         mask = mask.to(query.device)
     other = Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
     other.settings = settings
     return other
-
-
-@functools.lru_cache(maxsize=256)
-def _unmasked_plan(
-    batch: int, q_len: int, kv_len: int, causal: bool, device: torch.device, stamp: tuple[int, int]
-) -> Plan:
-    """The plan of a None mask: shapes alone, nothing of a batch, so it may outlive the forward.
-
-    ``stamp`` changes with the profile in force and with quarantines that ended: both bring other
-    choices.
-    """
-    pattern = Pattern.CAUSAL if causal else Pattern.BIDIRECTIONAL
-    return Plan(batch, q_len, kv_len, pattern, device)
 
 
 def _choose(
@@ -296,8 +286,8 @@ def _choose(
     objective = settings.objective or LATENCY
     decision = _chooser(plan, call, profile, settings.backends, objective)
     bind: Callable[[], Runner] = functools.partial(decision.backend.bind, plan, call)
-    # A plan without settings is shared by forwards; with gradients its choice could never change.
-    lasting = call.grad and plan.settings is None
+    # What other forwards find must not change while checkpointed layers may run again.
+    lasting = call.grad and plan.is_shared
     if settings.backends is None and objective.goal == "latency" and not lasting:
         decision, bind = _first_uses.settle(decision, plan, call)
     else:

@@ -13,6 +13,11 @@ from .control import settings_for
 from .mask import PlanMask
 from .patterns import calls_attention_function, packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
+from .shared_plans import capturing, shared_plan
+
+#: Tokens of a row up to which batches without padding share plans. Forwards of longer ones do not
+#: feel the host, and a mask that somebody wants as a tensor would be kept.
+_SHARED_TOKENS = 1024
 
 
 def smart_mask(
@@ -54,7 +59,8 @@ def smart_mask(
         "device": device,
         **kwargs,
     }
-    if is_tracing(attention_mask) or torch.device(device).type == "meta":
+    where = torch.device(device)
+    if is_tracing(attention_mask) or where.type == "meta" or capturing(where):
         # A graph of one model must not mix kinds of masks: here all are what sdpa gets.
         mask: torch.Tensor | None = masks.sdpa_mask(
             **arguments,
@@ -71,7 +77,6 @@ def smart_mask(
             **arguments, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip
         )
         return mask
-    where = torch.device(device)
     if known.pattern is Pattern.OTHER:
         mask = masks.sdpa_mask(
             **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
@@ -90,6 +95,19 @@ def smart_mask(
         packed = _to_host(known.packed_ids.diff(dim=-1, prepend=known.packed_ids[:, :1] - 1) != 0)
     elif attention_mask is None and offset == kv_offset and q_length == kv_length > 1:
         packed = packed_despite_cache(batch_size, q_length)
+    settings = settings_for(config)
+    if (
+        packed is None
+        and offset == kv_offset
+        and 1 < q_length == kv_length <= _SHARED_TOKENS
+        and not torch.is_grad_enabled()
+        and settings.trace is None
+        and (real is None or real.all())
+    ):
+        plan = shared_plan(
+            batch_size, q_length, kv_length, known.pattern, where, known.window, settings
+        )
+        return PlanMask(plan, dtype)
     plan = Plan(
         batch_size,
         q_length,
@@ -102,7 +120,7 @@ def smart_mask(
         real_on_device=real_on_device,
         packed=packed,
     )
-    plan.settings = settings_for(config)
+    plan.settings = settings
     return PlanMask(plan, dtype)
 
 

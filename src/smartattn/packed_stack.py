@@ -19,8 +19,10 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from . import moves
 from .layouts import Sequences
 from .mask import PlanMask
+from .packing import recorded, scatter
 from .plan import Padding, Plan
 
 #: Arguments of a layer with a value per token, that are packed as the tokens are.
@@ -50,6 +52,7 @@ class Packing:
         self.length = plan.q_len
         self.total = plan.real_q
         self._indices: dict[tuple[torch.device, bool], torch.Tensor] = {}
+        self._inverse: dict[torch.device, torch.Tensor] = {}
         self._packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[tuple[Plan, torch.dtype], PlanMask] = {}
         self._last: weakref.ref[torch.Tensor] | None = None
@@ -69,11 +72,27 @@ class Packing:
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
         """(1, total, ...) real tokens to (batch, length, ...), zeros at padding."""
-        rest = states.shape[2:]
-        padded = states.new_zeros(self.batch * self.length, *rest)
-        padded = padded.index_copy_(0, self._index(states.device), states[0])
-        padded = padded.view(self.batch, self.length, *rest)
+        index, device = self._index(states.device), states.device
+        tokens = states.reshape(self.total, 1, -1)
+        padded = scatter(tokens, index, self.batch, self.length, self._sources(device))
+        padded = padded.view(self.batch, self.length, *states.shape[2:])
         self._last = weakref.ref(padded)
+        return padded
+
+    def unpack_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(1, heads, total, dim) real tokens to (batch, heads, length, dim), zeros at padding."""
+        heads, _, dim = states.shape[1:]
+        shape = (self.batch, heads, self.length, dim)
+        tokens, device = states.transpose(1, 2), states.device
+        sources = self._sources(device)
+        if sources is not None and not recorded(states):
+            padded = states.new_empty(shape)
+            if moves.moved(tokens, sources, padded.transpose(1, 2)):
+                return padded
+        padded = states.new_zeros(shape)
+        index = self._index(device)
+        rows, places = index // self.length, self._index(device, within_row=True)
+        padded.transpose(1, 2)[rows, places] = tokens[0]
         return padded
 
     def has_unpacked(self, states: torch.Tensor) -> bool:
@@ -98,6 +117,20 @@ class Packing:
         if known is None:
             known = self._masks[packed, dtype] = PlanMask(packed, dtype)
         return known
+
+    def _sources(self, device: torch.device) -> torch.Tensor | None:
+        """(batch * length,) which real token belongs to each place; None if nobody can use it."""
+        if moves.unavailable(device) is not None:
+            return None
+        sources = self._inverse.get(device)
+        if sources is None:
+            plan = self._plan()
+            if plan is not None and plan.device == device:
+                sources = plan.sources(True)
+            else:
+                sources = moves.sources(self._index(device), self.batch * self.length)
+            self._inverse[device] = sources
+        return sources
 
     def _index(self, device: torch.device, within_row: bool = False) -> torch.Tensor:
         """(total,) places of the real tokens among the padded ones, or in their rows."""
@@ -233,14 +266,23 @@ def _padded_view(cache: Cache, packing: Packing) -> Any:
 @functools.cache
 def _view_class(cache_class: Any) -> Any:
     def update(
-        self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self: Any,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (1, kv_heads, total, dim) states as (batch, kv_heads, length, dim)."""
-        padded = (
-            self._packing.unpack(states.transpose(1, 2)).transpose(1, 2)
-            for states in (key_states, value_states)
-        )
-        cache_class.update(self, *padded, *args, **kwargs)
+        padded = [self._packing.unpack_heads(states) for states in (key_states, value_states)]
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if type(layer) is DynamicLayer and not self.offloading and not layer.get_seq_length():
+            # What the layer would do, less the copy of tensors that nobody else has.
+            if not layer.is_initialized:
+                layer.lazy_initialization(*padded)
+            layer.keys, layer.values = padded
+        else:
+            cache_class.update(self, *padded, layer_idx, *args, **kwargs)
         return key_states, value_states
 
     # What the view adds lies in a slot: its __dict__ is that of the cache.

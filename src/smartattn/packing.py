@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import moves
 from .call import Call, Runner
 from .layouts import VarlenLayout
 from .plan import Padding, Plan
@@ -38,6 +39,10 @@ def _gathered(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if tokens.is_contiguous():
         return tokens.view(batch * length, heads, dim).index_select(0, index)
     # Layouts that do not flatten, such as a concatenated cache: no copy of the padding.
+    if not recorded(tokens):
+        packed = tokens.new_empty(len(index), heads, dim)
+        if moves.moved(tokens, index, packed.unsqueeze(0)):
+            return packed
     return tokens[index // length, index % length]
 
 
@@ -58,14 +63,31 @@ class _Gather(torch.autograd.Function):
 
 
 def scatter(
-    packed: torch.Tensor, index: torch.Tensor | None, batch: int, length: int
+    packed: torch.Tensor,
+    index: torch.Tensor | None,
+    batch: int,
+    length: int,
+    sources: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Puts (total, heads, dim) tokens back as (batch, length, heads, dim), zeros elsewhere."""
+    """Puts (total, heads, dim) tokens back as (batch, length, heads, dim), zeros elsewhere.
+
+    Args:
+        sources: those of ``index``, see :func:`moves.sources`, where they are known.
+    """
     heads, dim = packed.shape[1:]
     if index is None:
         return packed.view(batch, length, heads, dim)
+    if sources is not None and not recorded(packed):
+        padded = packed.new_empty(batch, length, heads, dim)
+        if moves.moved(packed.unsqueeze(0), sources, padded):
+            return padded
     padded = packed.new_zeros(batch * length, heads, dim)
     return padded.index_copy_(0, index, packed).view(batch, length, heads, dim)
+
+
+def recorded(states: torch.Tensor) -> bool:
+    """Whether what is done to a tensor is recorded for a gradient."""
+    return states.requires_grad and torch.is_grad_enabled()
 
 
 def packs_queries(plan: Plan, call: Call) -> bool:
@@ -81,17 +103,20 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
     It returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
     layout = plan.varlen(packs_queries(plan, call))
+    index, sources = layout.q_index, None
+    if index is not None and not call.grad and moves.unavailable(call.device) is None:
+        sources = plan.sources(packs_queries(plan, call))
 
     def run(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Mapping[str, Any]
     ) -> torch.Tensor:
         packed = kernel(
-            gather(query, layout.q_index),
+            gather(query, index),
             gather(key, layout.k_index),
             gather(value, layout.k_index),
             layout,
         )
-        return scatter(packed, layout.q_index, call.batch, call.q_len)
+        return scatter(packed, index, call.batch, call.q_len, sources)
 
     return run
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from . import dense
+from . import dense, moves
 from .layouts import (
     IntArray,
     KeyBounds,
@@ -135,6 +135,8 @@ class Plan:
         self.decisions: dict[Any, Any] = {}
         #: What the caller had set when the forward began, see ``control``.
         self.settings: Any = None
+        #: Other forwards may have this plan too, see ``shared_plans``.
+        self.is_shared = False
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
         self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
         #: The plan of the same sequences with padding between them, which may have their bounds on
@@ -283,6 +285,17 @@ class Plan:
         if padded is not None and padded.device == self.device:
             return self._derive(("varlen", pack_queries), lambda: in_a_row(padded.varlen(True)))
         return self._derive(("varlen", pack_queries), lambda: packed_layout(self, pack_queries))
+
+    def sources(self, pack_queries: bool) -> torch.Tensor:
+        """Which packed query belongs to each place, see :func:`moves.sources`.
+
+        Of a batch whose queries :meth:`varlen` packs by index.
+        """
+        index = self.varlen(pack_queries).q_index
+        assert index is not None
+        return self._derive(
+            ("sources", pack_queries), lambda: moves.sources(index, self.batch * self.q_len)
+        )
 
     def in_place(self, pack_queries: bool, used_keys: bool, pitch: int) -> VarlenLayout:
         """Where they lie in the padded tensors, see :func:`layouts.in_place_layout`."""

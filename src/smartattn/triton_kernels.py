@@ -60,6 +60,55 @@ def clear_kernel(  # type: ignore[no-untyped-def]
             tl.store(output + begin + done + offset, zeros, mask=offset < size - done)
 
 
+# Strides and sizes come in units of 8 elements, so that it is known that 16 bytes may be moved at
+# once; all of them differ from batch to batch.
+_MOVED = (
+    *("count", "from_length", "to_length", "eighths", "blocks"),
+    *("from_row", "from_token", "from_part", "to_row", "to_token", "to_part"),
+)
+
+
+@triton.jit(do_not_specialize=_MOVED)  # type: ignore[untyped-decorator]
+def move_kernel(  # type: ignore[no-untyped-def]
+    states,
+    index,
+    target,
+    count,
+    from_length,
+    to_length,
+    eighths,
+    blocks,
+    from_row,
+    from_token,
+    from_part,
+    to_row,
+    to_token,
+    to_part,
+    TOKENS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """See :func:`smartattn.moves.moved`. Programs are (tokens of the target, block of a part)."""
+    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.program_id(1) // blocks
+    element = tl.program_id(1) % blocks * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = place < count
+    chosen = tl.load(index + place, mask=inside, other=-1).to(tl.int32)
+    # In 64 bits, as the products with strides have to be.
+    source = (chosen // from_length).to(tl.int64) * from_row
+    source += (chosen % from_length).to(tl.int64) * from_token + part.to(tl.int64) * from_part
+    goal = (place // to_length).to(tl.int64) * to_row
+    goal += (place % to_length).to(tl.int64) * to_token + part.to(tl.int64) * to_part
+    there = element < eighths * 8
+    found = tl.load(
+        states + source[:, None] * 8 + element[None, :],
+        mask=(chosen >= 0)[:, None] & there[None, :],
+        other=0.0,
+    )
+    tl.store(
+        target + goal[:, None] * 8 + element[None, :], found, mask=inside[:, None] & there[None, :]
+    )
+
+
 # Lengths and strides differ from batch to batch: one kernel for all. Strides come in units of 8
 # elements, so that it is known that 16 bytes may be loaded at once.
 _ANY = (

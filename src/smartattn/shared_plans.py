@@ -1,0 +1,65 @@
+"""Plans of batches that have nothing of their own but their shape: forwards share them.
+
+What is derived from such a plan and chosen under it is found again by the next forward of the same
+shape, which the host of a launch-bound model feels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .backends.base import releases
+from .control import Settings
+from .plan import Pattern, Plan
+from .profile import profile_for
+
+#: Plans that are remembered. What they keep on the device is small: where sequences begin.
+_MOST = 256
+
+
+def shared_plan(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    pattern: Pattern,
+    device: torch.device,
+    window: int | None = None,
+    settings: Settings | None = None,
+) -> Plan:
+    """The plan of a batch without padding, query 0 at key 0, made once for the current stream.
+
+    Args:
+        settings: as :attr:`Plan.settings`.
+    """
+    stream = 0
+    if device.type == "cuda":
+        # What a plan has uploaded is there for those alone who come later on the same stream.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    # Another profile, and the end of a quarantine, bring other choices.
+    stamp = (id(profile_for(device)), releases(), stream)
+    return _plan(batch, q_len, kv_len, pattern, device, window, settings, stamp)
+
+
+@functools.lru_cache(maxsize=_MOST)
+def _plan(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    pattern: Pattern,
+    device: torch.device,
+    window: int | None,
+    settings: Settings | None,
+    stamp: tuple[int, int, int],
+) -> Plan:
+    plan = Plan(batch, q_len, kv_len, pattern, device, window=window)
+    plan.settings = settings
+    plan.is_shared = True
+    return plan
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now is recorded for a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
