@@ -32,6 +32,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
+from smartattn import moves
 from smartattn.backends import BACKENDS, NAMED, flash_attention_2
 from smartattn.integration import smart_attention
 from smartattn.workload import Spread, Workload
@@ -535,3 +536,125 @@ def test_static_cache_generates_like_dynamic() -> None:
     dynamic = model.generate(ids, **arguments)
     static = model.generate(ids, **arguments, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
+
+
+# -- tokens that are moved -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "dim", "length"),
+    [(1, 8, 40), (3, 80, 40), (8, 64, 300), (8, 128, 77), (2, 264, 40), (1, 2048, 130)],
+)
+def test_tokens_are_moved_there_and_back(
+    heads: int, dim: int, length: int, dtype: torch.dtype
+) -> None:
+    batch = 5
+    index = torch.randperm(batch * length)[: 2 * length].sort().values.to(CUDA)
+    sources = moves.sources(index, batch * length)
+    tokens = torch.randn(1, len(index), heads, dim, dtype=dtype, device=CUDA)
+    expected = torch.zeros(batch * length, heads, dim, dtype=dtype, device=CUDA)
+    expected = expected.index_copy(0, index, tokens[0]).view(batch, length, heads, dim)
+    # Twice: what was built is launched in another way than what is being built.
+    for _ in range(2):
+        by_token = torch.full_like(expected, torch.nan)
+        by_head = torch.full_like(expected.transpose(1, 2).contiguous(), torch.nan)
+        for padded in (by_token, by_head.transpose(1, 2)):
+            assert moves.moved(tokens, sources, padded)
+            assert torch.equal(padded, expected)
+            packed = torch.full_like(tokens, torch.nan)
+            assert moves.moved(padded, index, packed)
+            assert torch.equal(packed, tokens)
+
+
+def test_tokens_are_moved_beyond_32_bits() -> None:
+    length, width = 70_000, 32_768
+    index = torch.tensor([0, 1, 65_535, 65_536, length - 1], device=CUDA)
+    tokens = torch.randn(1, len(index), 1, width, dtype=torch.bfloat16, device=CUDA)
+    padded = torch.full((1, length, 1, width), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    assert padded.numel() > 2**31
+    assert moves.moved(tokens, moves.sources(index, length), padded)
+    assert torch.equal(padded[:, index], tokens)
+    assert int(torch.count_nonzero(padded)) == int(torch.count_nonzero(tokens))
+    packed = torch.empty_like(tokens)
+    assert moves.moved(padded, index, packed)
+    assert torch.equal(packed, tokens)
+
+
+@torch.no_grad()
+def test_a_padding_free_prefill_fills_the_cache() -> None:
+    """In single precision, where packed and padded products of matrices are nearly the same."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        vocab_size=500,
+    )
+    model = LlamaForCausalLM(config).to(CUDA).eval()
+    mask = _lengths_mask([100, 37, 1, 64], 100, left=True)
+    inputs = {"input_ids": torch.randint(0, 500, (4, 100), device=CUDA), "attention_mask": mask}
+    caches = {}
+    generated = {}
+    for name in ("eager", "smart", "padding_free"):
+        model.set_attn_implementation("eager" if name == "eager" else "smart")
+        with contextlib.ExitStack() as stack:
+            if name == "padding_free":
+                stack.enter_context(smartattn.padding_free(model, always=True))
+            trace = stack.enter_context(smartattn.trace())
+            caches[name] = model.model(**inputs, use_cache=True).past_key_values
+            generated[name] = model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+        assert all(row.packed for row in trace.stacks if row.facts and row.facts["q_len"] > 1)
+    for layer, expected in zip(caches["padding_free"].layers, caches["eager"].layers, strict=True):
+        for states, others in ((layer.keys, expected.keys), (layer.values, expected.values)):
+            real = mask[:, None, :, None]
+            torch.testing.assert_close(states * real, others * real, rtol=1e-3, atol=1e-3)
+            assert not (states * (1 - real)).any()
+            assert states.is_contiguous()
+    assert torch.equal(generated["padding_free"], generated["eager"])
+    assert torch.equal(generated["smart"], generated["eager"])
+
+
+# -- CUDA graphs -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_captured_forward_may_be_replayed() -> None:
+    """With other tokens, and after other forwards have come and gone."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        vocab_size=500,
+    )
+    model = LlamaForCausalLM(config).to(CUDA, torch.bfloat16).eval()
+    model.set_attn_implementation("smart")
+    given = torch.randint(0, 500, (2, 128), device=CUDA)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward(given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward(given)
+    for length in range(100, 140):
+        forward(torch.randint(0, 500, (3, length), device=CUDA))
+    for _ in range(3):
+        ids = torch.randint(0, 500, (2, 128), device=CUDA)
+        given.copy_(ids)
+        graph.replay()
+        expected = forward(ids)
+        assert _largest_error(output, expected)[1] < 0.03

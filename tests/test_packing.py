@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartattn import layouts
+from smartattn import layouts, moves
 from smartattn.backends.flash import Route, route
 from smartattn.call import Call
 from smartattn.features import FEATURES, features
@@ -29,6 +30,8 @@ from smartattn.packing import (
     where_keys_lie,
 )
 from smartattn.plan import Pattern, Plan
+
+from .moving import moving
 
 CPU = torch.device("cpu")
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
@@ -106,6 +109,84 @@ def test_gradients_go_there_and_back(given_: Any) -> None:
         kept[index] = 1.0
     expected = 2 * weights * kept.view(batch, length, 1, 1)
     assert torch.allclose(leaf.grad, expected.transpose(1, 2))
+
+
+@thorough
+@given(tokens())
+def test_the_places_of_tokens_are_turned_around(given_: Any) -> None:
+    states, index = given_
+    places = states.shape[0] * states.shape[2]
+    if index is None:
+        index = torch.arange(places)
+    sources = moves.sources(index, places)
+    assert sources.dtype == torch.int32
+    assert torch.equal(sources[index].long(), torch.arange(len(index)))
+    assert int((sources < 0).sum()) == places - len(index)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_are_moved_where_a_kernel_can(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = _states(layout, 3, 2, 5, 4)
+    index = torch.tensor([0, 4, 5, 6, 11, 14])
+    sources = moves.sources(index, 15)
+    packed = gather(states, index)
+    padded = scatter(packed, index, 3, 5)
+    made = moving(monkeypatch)
+    assert torch.equal(gather(states, index), packed)
+    # What flattens needs no kernel of ours.
+    assert len(made) == (layout not in ("tokens first",))
+    assert torch.equal(scatter(packed, index, 3, 5, sources), padded)
+    assert made[-1].shape == padded.shape
+    count = len(made)
+    leaf = packed.clone().requires_grad_()
+    scatter(leaf * 2, index, 3, 5, sources).sum().backward()
+    assert torch.equal(leaf.grad, torch.full_like(leaf, 2.0))
+    assert len(made) == count
+
+
+def test_a_bound_runner_moves_outputs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = np.arange(5) < np.array([[5], [2], [3]])
+    plan = Plan(3, 5, 5, Pattern.BIDIRECTIONAL, CPU, real=real)
+    call = _call(plan, self_attention=True)
+    states = [_states("tokens first", 3, 2, 5, 4) for _ in range(3)]
+
+    def kernel(query: Any, key: Any, value: Any, layout: VarlenLayout) -> Any:
+        return query + value
+
+    expected = bind_packed(kernel, plan, call)(*states, {})
+    made = moving(monkeypatch)
+    assert torch.equal(bind_packed(kernel, plan, call)(*states, {}), expected)
+    assert len(made) == 1
+    bind_packed(kernel, plan, replace(call, grad=True))(*states, {})
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("strides", "expected"),
+    [
+        # (parts, width) are one run on both sides, on one side, or cannot be moved at once.
+        (((960, 320, 80, 1), (3200, 320, 80, 1), 4, 80), (40, 2, 256)),
+        (((960, 320, 80, 1), (3200, 80, 800, 1), 4, 80), (10, 1, 256)),
+        (((64, 64, 64, 1), (640, 64, 64, 1), 1, 64), (8, 1, 64)),
+        (((2048, 2048, 2048, 1), (20480, 2048, 2048, 1), 1, 2048), (256, 8, 256)),
+        (((960, 320, 80, 2), (3200, 320, 80, 1), 4, 80), None),
+        (((960, 320, 80, 1), (3200, 320, 80, 2), 4, 80), None),
+        (((900, 300, 75, 1), (3000, 300, 75, 1), 4, 75), None),
+        (((2**34, 320, 80, 1), (3200, 320, 80, 1), 4, 80), None),
+        (((4, 320, 80, 1), (3200, 320, 80, 1), 4, 80), None),
+    ],
+)
+def test_what_a_program_moves(strides: Any, expected: Any) -> None:
+    launch = moves._launch_of(*strides)
+    if expected is None:
+        assert launch is None
+        return
+    eighths, blocks, elements = expected
+    steps, width, per_part, shares, size = launch
+    assert steps == tuple(stride // 8 for stride in (*strides[0][:3], *strides[1][:3]))
+    assert (width, per_part, size) == (eighths, blocks, elements)
+    parts = strides[2] * strides[3] // (8 * eighths)
+    assert shares == parts * blocks
 
 
 def test_nothing_is_copied_where_all_tokens_lie_in_order() -> None:

@@ -32,6 +32,7 @@ from smartattn.profile import load, shipped_profiles, stack_rules
 from smartattn.stack_rule import StackRule, StackWhen, stack_rule
 
 from .agreement import CACHE, MASKS, WIDTH, assert_agree, assert_differ, output_of, spans
+from .moving import moving
 from .padding_free_sweep import AGREE, REFUSED, SCENARIOS, examine
 from .sweep.architectures import choose
 from .test_integration import HostReads
@@ -627,13 +628,23 @@ def test_prompts_whose_cache_will_be_used(name: str) -> None:
     assert "last position" in trace.stacks[0].reason
 
 
-@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
-def test_the_cache_is_left_in_the_padded_layout(make: Any) -> None:
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("name", ["dynamic", "lazy", "initialised", "static"])
+def test_the_cache_is_left_in_the_padded_layout(
+    name: str, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama")
+    made = moving(monkeypatch) if moved else []
 
     def prefill(model: PreTrainedModel) -> Any:
-        more = {"max_cache_len": WIDTH + 4} if make is StaticCache else {}
-        cache = make(config=model.config, **more)
+        cache: Any = DynamicCache(config=model.config)
+        if name == "static":
+            cache = StaticCache(config=model.config, max_cache_len=WIDTH + 4)
+        elif name == "lazy":
+            cache = DynamicCache()
+        elif name == "initialised":
+            for layer in cache.layers:
+                layer.lazy_initialization(*torch.zeros(2, 3, 2, 1, 8))
         result = model(input_ids=IDS, attention_mask=LEFT, **{CACHE: cache})
         assert result[CACHE] is cache
         return cache
@@ -647,6 +658,40 @@ def test_the_cache_is_left_in_the_padded_layout(make: Any) -> None:
             tokens = states[:, :, :WIDTH].transpose(1, 2)
             assert_agree(tokens, others[:, :, :WIDTH].transpose(1, 2), where=LEFT)
             assert not tokens[LEFT == 0].any()
+            assert states.is_contiguous()
+    # Keys and values of each layer, and the hidden states.
+    assert len(made) == (2 * len(actual.layers) + 1 if moved else 0)
+
+
+def test_tokens_that_follow_do_not_write_into_the_cache_of_others() -> None:
+    model = tiny_model("llama", "smart")
+    cache = DynamicCache(config=model.config)
+    with padding_free(model, always=True), torch.no_grad():
+        model.model(input_ids=IDS, attention_mask=LEFT, **{CACHE: cache})
+        kept = [layer.keys for layer in cache.layers]
+        before = [keys.clone() for keys in kept]
+        mask = torch.cat([LEFT, LEFT[:, -1:]], dim=1)
+        model.model(input_ids=IDS[:, :1], attention_mask=mask, **{CACHE: cache})
+    assert int(cache.get_seq_length()) == WIDTH + 1
+    assert all(torch.equal(keys, old) for keys, old in zip(kept, before, strict=True))
+
+
+def test_gradients_through_the_cache() -> None:
+    model = tiny_model("llama")
+
+    def grads(model: PreTrainedModel) -> Any:
+        cache = DynamicCache(config=model.config)
+        model.zero_grad()
+        model.model(input_ids=IDS, attention_mask=LEFT, **{CACHE: cache})
+        weights = torch.randn(cache.layers[0].keys.shape, generator=torch.manual_seed(0))
+        real = LEFT[:, None, :, None]
+        sum((layer.keys * weights * real).sum() for layer in cache.layers).backward()
+        return [p.grad for name, p in model.named_parameters() if "k_proj" in name]
+
+    actual, expected, rows = both(model, torch.enable_grad()(grads))
+    assert rows[0].packed
+    for grad, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(grad, other)
 
 
 def test_beams() -> None:
