@@ -23,7 +23,7 @@ from .machine import changed_since, versions
 from .packed_stack import packed_plan, plan_refusal
 from .plan import Plan
 from .record import brief
-from .stack_choice import KEEPS_PADDING, backend_refusal, in_words, pays
+from .stack_choice import KEEPS_PADDING, Worth, backend_refusal, pays
 from .target import Target, target_of
 from .units import format_us
 from .workload import WORDS, Side, Workload, as_padded, usual_memory
@@ -103,6 +103,8 @@ class Explanation:
     packs_because: str | None = None
     #: What a rule that decided so was asked of this batch; None where none did.
     packs_asked: str | None = None
+    #: All of that at once; left out of what programs get.
+    packing: Worth | None = None
     #: Why no prediction decides although the profile has some; None where one does.
     unmeasured: str | None = None
     #: What the rest of the layer that makes this call waits for, the predictions being by how much
@@ -134,7 +136,9 @@ class Explanation:
 
         ``captions`` says what the times of the options are.
         """
-        return {**asdict(self), "captions": self.captions()}
+        values = asdict(replace(self, packing=None))
+        del values["packing"]
+        return {**values, "captions": self.captions()}
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -243,16 +247,13 @@ class Explanation:
             lines.append(f"extrapolated: {self._beyond}")
         if self.winners:
             lines.append(f"by length, all else equal: {self.crossovers}")
-        if self.packs is not None:
-            does = "packs this batch" if self.packs else "runs this batch padded"
-            rule, _, source = brief(self.packs_because or "").partition(": ")
+        if (packing := self.packing) is not None:
+            does = "packs this batch" if packing.packs else "runs this batch padded"
             # Bounds, and what was measured where, are lines of their own, or none would fit a
             # terminal.
-            parts = [f"padding_free {does}: {rule}"]
-            if self.packs_asked:
-                rule, _, bounds = rule.partition(", ")
-                parts = [f"padding_free {does}: {rule}", bounds, f"this batch: {self.packs_asked}"]
-            parts.append(source.replace(": ", ":\n  ", 1))
+            asked = packing.asked and f"this batch: {packing.asked}"
+            source = brief(packing.because or "").replace(": ", ":\n  ", 1)
+            parts = [f"padding_free {does}: {packing.rule}", packing.bounds, asked, source]
             lines.append("\n  ".join(filter(None, parts)))
         return lines
 
@@ -371,10 +372,7 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
     if target.here and target.identity is not None and profile.versions is not None:
         differences = profile.versions.differences(versions(target.identity.kind))
     path = target.found.path
-    packs, packs_because = _packs(workload, hidden, target, settings)
-    packs_asked = None
-    if packs_because is not None and packs_because.startswith("rule of profile "):
-        packs_asked = in_words(plan, hidden, profile)
+    packing = _packs(workload, hidden, target, settings)
     estimates = [profile.estimate(backend.name, plan, call) for backend in BACKENDS]
     known = next((one for one in estimates if one is not None), None)
     winners = _winners(workload, target, settings) if decision else ()
@@ -398,9 +396,10 @@ def _explained(workload: Workload, hidden: int, target: Target, settings: Settin
         reason=reason,
         options=_options(plan, call, target, settings, decision),
         winners=winners,
-        packs=packs,
-        packs_because=packs_because,
-        packs_asked=packs_asked,
+        packs=None if packing is None else packing.packs,
+        packs_because=None if packing is None else packing.reason,
+        packs_asked=None if packing is None else packing.asked,
+        packing=packing,
         unmeasured=unmeasured,
         waits_for=known.bottleneck if known else None,
         idle_us=abs(known.slack_us) if known and known.bottleneck else None,
@@ -424,30 +423,28 @@ def _unmeasured(seq_len: int, winners: Sequence[Winner]) -> str:
     return "the profile predicts fewer than two backends for such calls; a rule decides"
 
 
-def _packs(
-    workload: Workload, hidden: int, target: Target, settings: Settings
-) -> tuple[bool | None, str | None]:
+def _packs(workload: Workload, hidden: int, target: Target, settings: Settings) -> Worth | None:
     """Whether a padding-free model would pack a batch, and why: as it asks in a forward."""
     if workload.side not in ("left", "right"):
-        return None, None
+        return None
     plan, call = _request(workload, target, settings)
     refusal = plan_refusal(plan)
     if refusal is not None:
-        return False, refusal
-    packs, reason = pays(plan, hidden, target.found.profile)
-    if not packs:
-        return False, reason
+        return Worth(False, refusal)
+    worth = pays(plan, hidden, target.found.profile)
+    if not worth.packs:
+        return worth
     if call.keep_padding_output:
-        return False, KEEPS_PADDING
+        return Worth(False, KEEPS_PADDING)
     packed = packed_plan(plan)
     # The cache is filled on the side: layers of a packed forward get their keys as they made them.
     call = replace(call, batch=1, q_len=packed.q_len, kv_len=packed.kv_len, token_major_keys=True)
     try:
         backend = _choose(packed, call, target, settings).backend
     except UnsupportedCallError as error:
-        return False, str(error)
+        return Worth(False, str(error))
     refusal = backend_refusal(backend, packed, call)
-    return refusal is None, refusal or reason
+    return worth if refusal is None else Worth(False, refusal)
 
 
 def _request(workload: Workload, target: Target, settings: Settings) -> tuple[Plan, Call]:

@@ -102,15 +102,35 @@ def _some_reads_packed(packed: Plan, call: Call, allowed: Sequence[str] | None) 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """Whether packing a batch pays by the rules of a profile."""
+
+    packs: bool
+    #: Whose rule says so, or that there is none.
+    rule: str
+    #: What the rule asks for, what it was asked of this batch, and one sentence with its source.
+    bounds: str | None = None
+    asked: str | None = None
+    because: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """All in one sentence, what was asked left out."""
+        rule = ", ".join(filter(None, (self.rule, self.bounds)))
+        return rule if self.because is None else f"{rule}: {self.because}"
+
+
 def worth(request: Request, always: bool) -> tuple[bool, str]:
     """Whether packing is worth its copies by the profile in force, and why."""
     if always:
         return True, "asked for whenever it is exact"
-    return pays(request.plan, request.states.shape[-1], profile_for(request.plan.device))
+    found = pays(request.plan, request.states.shape[-1], profile_for(request.plan.device))
+    return found.packs, found.reason
 
 
-def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
-    """Whether a profile says that packing a batch pays, and the rule that says so.
+def pays(plan: Plan, hidden: int, profile: Profile) -> Worth:
+    """What a profile says of packing a batch.
 
     Args:
         plan: the padded batch.
@@ -118,18 +138,16 @@ def pays(plan: Plan, hidden: int, profile: Profile) -> tuple[bool, str]:
     """
     rule, when = _rule(plan, hidden, profile)
     if rule is None or when is None:
-        return False, "no rule of the profile says that it pays"
+        return Worth(False, "no rule of the profile says that it pays")
     # A profile without rules of its own goes by those of the default.
     name = profile.name if profile.padding_free else "default"
-    said = str(when.model_copy(update={"device": None})) if rule.pack else "below all bounds"
-    return rule.pack, f"rule of profile {name}, {said}: {rule.because}"
+    bounds = str(when.model_copy(update={"device": None})) if rule.pack else "below all bounds"
+    asked = _asked(when, plan, hidden)
+    return Worth(rule.pack, f"rule of profile {name}", bounds, asked, rule.because)
 
 
-def in_words(plan: Plan, hidden: int, profile: Profile) -> str | None:
-    """What the rules for packing are asked of a batch, as a phrase; None without any rule."""
-    when = _rule(plan, hidden, profile)[1]
-    if when is None:
-        return None
+def _asked(when: StackWhen, plan: Plan, hidden: int) -> str:
+    """What a rule for packing is asked of a batch, as a phrase."""
     tokens = plan.batch * plan.q_len
     padding = tokens - plan.real_q
     spared = when.min_spared_work is not None
