@@ -21,6 +21,7 @@ import torch
 from smartattn.backends import NAMED, Backend, flash, flash_attention_3
 from smartattn.backends.flash import Route, bind_varlen
 from smartattn.call import Call, Runner
+from smartattn.packing import Told
 from smartattn.plan import Plan
 from smartattn.timing import interleaved
 from smartattn.workload import Memory, as_padded
@@ -118,7 +119,7 @@ def measure(
     }
     if workload.model == "flash_attention_3":
         kernel = flash_attention_3._varlen(plan, call, in_place=False)
-        runners["own blocks"] = bind_varlen(kernel, Route.IN_PLACE, plan, call, used_keys=True)
+        runners["own blocks"] = bind_varlen(kernel, Route.IN_PLACE, plan, call, Told.KEYS)
     packed_plan, packed_call, states = packed_beforehand(shape, tensors)
     run_packed = backend.bind(packed_plan, packed_call)
     forms: dict[str, Callable[[], torch.Tensor]] = {

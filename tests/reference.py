@@ -11,7 +11,7 @@ from smartattn.backends import Backend, Support
 from smartattn.backends.flash import Route, bind_dense, bind_varlen, flash_window, route
 from smartattn.call import Call, Runner
 from smartattn.layouts import VarlenLayout
-from smartattn.packing import varlen_refusals
+from smartattn.packing import Told, varlen_refusals
 from smartattn.plan import Plan
 
 
@@ -323,4 +323,5 @@ class VarlenReference(Backend):
                 window=window,
             )
 
-        return bind_varlen(kernel, how, plan, call, used_keys=not call.grad)
+        told = Told.BOUNDS if call.grad else Told.KEYS
+        return bind_varlen(kernel, how, plan, call, told)

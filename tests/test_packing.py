@@ -19,6 +19,7 @@ from smartattn.call import Call
 from smartattn.features import FEATURES, features
 from smartattn.layouts import VarlenLayout
 from smartattn.packing import (
+    Told,
     _flattened,
     _in_a_row,
     bind_in_place,
@@ -588,7 +589,7 @@ def test_layers_whose_keys_lie_otherwise_share_a_runner() -> None:
     for first in LAYOUTS[:3]:
         lies, pitch = where_keys_lie(*[_states(first, 3, 2, 5, 4)] * 2)
         call = _call(plan, self_attention=True, token_major_keys=lies, key_pitch=pitch)
-        run = bind_in_place(kernel, plan, call, used_keys=True)
+        run = bind_in_place(kernel, plan, call, Told.KEYS)
         for later in (*LAYOUTS[:3], "sliced"):
             key = _states(later, 3, 2, 5, 4)
             run(query, key, key + 1, {})
@@ -608,8 +609,8 @@ def test_kernels_for_sequences_get_the_keys_themselves(layout: str) -> None:
         return q
 
     call = _call(plan, self_attention=True, token_major_keys=token_major, key_pitch=pitch)
-    bind_in_place(kernel, plan, call, used_keys=True)(query, key, value, {})
-    bind_in_place(kernel, plan, call, used_queries=True)(query, key, value, {})
+    bind_in_place(kernel, plan, call, Told.KEYS)(query, key, value, {})
+    bind_in_place(kernel, plan, call, Told.KEYS_AND_QUERIES)(query, key, value, {})
     assert seen == 2 * [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
 
 

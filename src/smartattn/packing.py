@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,25 +122,30 @@ def bind_packed(kernel: VarlenKernel, plan: Plan, call: Call) -> Runner:
     return run
 
 
-def bind_in_place(
-    kernel: VarlenKernel,
-    plan: Plan,
-    call: Call,
-    used_keys: bool = False,
-    used_queries: bool = False,
-) -> Runner:
-    """A runner that sends the padded tensors through a kernel which skips what lies between.
+class Told(enum.Enum):
+    """What a kernel for sequences is told beside where each of them begins."""
 
-    ``used_keys`` says that the kernel takes the number of keys in use, and then keys and values
-    may overlap: tokens of one head lie where those of another are counted. ``used_queries`` says
-    that it takes that of queries as well, and clears the outputs of the others.
+    #: Nothing: a sequence ends where the next one begins.
+    BOUNDS = "bounds"
+    #: How many keys of each are in use. Keys and values may overlap then: tokens of one head lie
+    #: where those of another are counted.
+    KEYS = "keys"
+    #: And how many queries; it clears the outputs of the others.
+    KEYS_AND_QUERIES = "keys and queries"
+
+
+def bind_in_place(kernel: VarlenKernel, plan: Plan, call: Call, told: Told = Told.BOUNDS) -> Runner:
+    """A runner that sends the padded tensors through a kernel which skips what lies between.
 
     Tensors whose rows lie otherwise than ``call.key_pitch`` says are copied, padding included. It
     returns (batch, q_len, heads, value_head_dim) with zeros at padding positions.
     """
-    pitch = _bound_pitch(call) if used_keys or used_queries else call.kv_len
+    pitch = call.kv_len if told is Told.BOUNDS else _bound_pitch(call)
     packs = packs_queries(plan, call)
-    layout = plan.used(packs, pitch) if used_queries else plan.in_place(packs, used_keys, pitch)
+    if told is Told.KEYS_AND_QUERIES:
+        layout = plan.used(packs, pitch)
+    else:
+        layout = plan.in_place(packs, told is Told.KEYS, pitch)
     q_len = call.q_len
     shape = (call.batch, q_len, call.heads, call.value_head_dim)
     if call.grad:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..call import Call, Runner
-from ..packing import VarlenKernel, bind_in_place, bind_packed, packs_queries
+from ..packing import Told, VarlenKernel, bind_in_place, bind_packed, packs_queries
 from ..plan import Padding, Plan
 
 #: Dense attention over (batch, length, heads, head_dim) tensors.
@@ -183,15 +183,14 @@ def bind_varlen(
     how: Route,
     plan: Plan,
     call: Call,
-    used_keys: bool = False,
-    used_queries: bool = False,
+    told: Told = Told.BOUNDS,
 ) -> Runner:
     """A runner that hands sequences of (tokens, heads, dim) to a kernel, in place or packed.
 
-    ``used_keys`` and ``used_queries`` are those of :func:`packing.bind_in_place`.
+    ``told`` says what the kernel is told in place.
     """
     if how is Route.IN_PLACE:
-        return bind_in_place(kernel, plan, call, used_keys, used_queries)
+        return bind_in_place(kernel, plan, call, told)
     return bind_packed(kernel, plan, call)
 
 

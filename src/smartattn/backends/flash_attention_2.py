@@ -12,7 +12,7 @@ import torch
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..machine import processors
-from ..packing import varlen_refusals
+from ..packing import Told, varlen_refusals
 from ..plan import Plan
 from . import splitting
 from .base import HALF_PRECISION, Backend, Support
@@ -268,4 +268,4 @@ def _bind_thin(extension: Any, plan: Plan, call: Call) -> Runner:
         )[0]
         return output
 
-    return bind_varlen(varlen, how, plan, call, used_keys=True)
+    return bind_varlen(varlen, how, plan, call, Told.KEYS)

@@ -13,7 +13,7 @@ from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..machine import Versions
-from ..packing import VarlenKernel, packs_queries, varlen_refusals
+from ..packing import Told, VarlenKernel, packs_queries, varlen_refusals
 from ..plan import Padding, Plan
 from . import splitting
 from .base import Backend, Support
@@ -189,7 +189,7 @@ class FlashAttention3Backend(Backend):
             bounded = how is Route.KEY_BOUNDS
             return bind_dense(_dense(plan, call, bounded), plan, call)
         kernel = _varlen(plan, call, in_place=how is Route.IN_PLACE)
-        return bind_varlen(kernel, how, plan, call, used_queries=True)
+        return bind_varlen(kernel, how, plan, call, Told.KEYS_AND_QUERIES)
 
 
 def _route(plan: Plan, call: Call, in_place: bool) -> Route:

@@ -18,7 +18,7 @@ from .. import tails
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
 from ..machine import one_line, versions
-from ..packing import VarlenKernel, varlen_refusals
+from ..packing import Told, VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import DenseKernel, Facts, Route, bind_dense, bind_varlen, on_rocm, route, unit_stride
@@ -176,7 +176,7 @@ class FlashAttention4Backend(Backend):
         if how is Route.DENSE:
             return bind_dense(_dense(plan, call), plan, call)
         kernel = _varlen(plan, call, clear=how is Route.IN_PLACE)
-        return bind_varlen(kernel, how, plan, call, used_keys=True)
+        return bind_varlen(kernel, how, plan, call, Told.KEYS)
 
 
 def _route(plan: Plan, call: Call, in_place: bool = True) -> Route:

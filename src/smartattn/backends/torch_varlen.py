@@ -12,7 +12,7 @@ import torch
 
 from ..call import Call, Runner
 from ..layouts import VarlenLayout
-from ..packing import VarlenKernel, varlen_refusals
+from ..packing import Told, VarlenKernel, varlen_refusals
 from ..plan import Plan
 from .base import HALF_PRECISION, Backend, Support
 from .flash import (
@@ -153,7 +153,7 @@ class TorchVarlenBackend(Backend):
                 return _bind_whole(dense, facts)
             return bind_dense(_dense(operator, facts), plan, call)
         kernel = _varlen(operator, facts) if thin else _public(facts, call)
-        return bind_varlen(kernel, how, plan, call, used_keys=thin)
+        return bind_varlen(kernel, how, plan, call, Told.KEYS if thin else Told.BOUNDS)
 
 
 def _options(facts: Facts) -> dict[str, Any]:
