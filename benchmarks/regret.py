@@ -244,6 +244,34 @@ def agreements(
     return found
 
 
+def agreements_of_timings(
+    taken: list[Sample],
+    earlier: list[Sample],
+    device: torch.device,
+    surroundings: Surroundings | None,
+) -> dict[str, Agreement]:
+    """How often two timings of the same calls have the same fastest: no two profiles agree more."""
+    found = {}
+    for name, layer in (("alone", None), ("in a layer", surroundings)):
+        if name == "alone" or layer is not None:
+            now, then = (
+                evaluate.judge(taken, remembered(timings, device, layer), device, layer)
+                for timings in (taken, earlier)
+            )
+            both = {one.workload for one in then}
+            found[name] = Agreement.of([one for one in now if one.workload in both], then)
+    return found
+
+
+def show_agreements(heading: str, found: dict[str, Agreement]) -> None:
+    """Prints how often two ways to choose do so alike."""
+    print(f"\n{heading}")
+    for where, agreed in found.items():
+        alike = f"{agreed.same:.1%} the same, {agreed.close:.1%} the same or within 5%"
+        loss = f"{agreed.mean_loss:.1%} lost on average where they differ"
+        print(f"{where:<18}{agreed.calls:>5} calls: {alike}; {loss}")
+
+
 def show(rows: list[dict[str, Any]], judged: list[Judged], made: Profile, kind: str) -> None:
     """Prints the table and the worst calls."""
     print(f"{'policy':<38}{'mode':<10}{'calls':>6}{'mean':>8}{'p95':>8}{'worst':>8}")
@@ -335,11 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     compared: dict[str, Agreement] = {}
     if given.against is not None:
         compared = agreements(taken, made, profile.load(given.against), device)
-        print(f"\nChoices of {given.against.name} beside those of this profile")
-        for where, agreed in compared.items():
-            alike = f"{agreed.same:.1%} the same, {agreed.close:.1%} the same or within 5%"
-            loss = f"{agreed.mean_loss:.1%} lost on average where they differ"
-            print(f"{where:<18}{agreed.calls:>5} calls: {alike}; {loss}")
+        show_agreements(f"Choices of {given.against.name} beside those of this profile", compared)
+    if again:
+        fastest = agreements_of_timings(taken, again, device, made.surroundings)
+        show_agreements("The fastest by timings of another time beside the fastest here", fastest)
     if given.json is not None:
         figures = {
             "device": header.device.model_dump(exclude_none=True),

@@ -144,3 +144,11 @@ def test_what_going_by_timings_of_another_time_loses() -> None:
     assert 0 < len(judged) < len({one.workload for one in taken})
     same = evaluate.judge(taken, regret.remembered(taken, device), device)
     assert all(one.regret == 1.0 for one in same)
+    (agreed,) = regret.agreements_of_timings(taken, taken, device, None).values()
+    assert (agreed.calls, agreed.same, agreed.mean_loss) == (len(same), 1.0, 0.0)
+    found = regret.agreements_of_timings(
+        taken, earlier[: len(earlier) // 2], device, profile.profile_for(device).surroundings
+    )
+    assert found["alone"].calls == len(judged)
+    assert found["alone"].same < 0.9
+    assert found["alone"].mean_loss > 0.0
