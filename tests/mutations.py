@@ -42,6 +42,7 @@ class Mutation:
 
 
 PLAN = ("tests/test_plan.py",)
+SHARED = ("tests/test_shared_plans.py",)
 FOLDING = ("tests/test_folding.py",)
 PACKING = ("tests/test_packing.py",)
 CHOOSE = ("tests/test_choose.py",)
@@ -62,6 +63,104 @@ TRITON = ("tests/test_backends_matrix.py", "-k", "(float64 and triton and not gp
 PADDING_FREE = ("tests/test_padding_free.py", "-x", "-m", "not slow", "-k", "not benchmark")
 
 MUTATIONS = (
+    Mutation(
+        "moved: a place takes the token before its own",
+        "moves.py",
+        "order = torch.arange(len(index),",
+        "order = torch.arange(-1, len(index) - 1,",
+        PACKING,
+    ),
+    Mutation(
+        "moved: parts that lie apart are taken for one run of memory",
+        "moves.py",
+        "parts == 1 or from_strides[2] == to_strides[2] == width",
+        "parts >= 1",
+        PACKING,
+    ),
+    Mutation(
+        "moved: strides that are no multiples of 16 bytes are taken for some",
+        "moves.py",
+        "if every % 8 or every >= _FURTHEST",
+        "if every >= _FURTHEST",
+        PACKING,
+    ),
+    Mutation(
+        "moved: gradients are lost",
+        "packing.py",
+        "return states.requires_grad and torch.is_grad_enabled()",
+        "return False",
+        (*PACKING, *PADDING_FREE),
+    ),
+    Mutation(
+        "padding-free: what a cache holds already is replaced",
+        "packed_stack.py",
+        "if type(layer) is DynamicLayer and",
+        "if isinstance(layer, DynamicLayer) and",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "padding-free: keys of a layer are put into rows by the place in the batch",
+        "packed_stack.py",
+        "rows, places = index // self.length,",
+        "rows, places = index // self.batch,",
+        PADDING_FREE,
+    ),
+    Mutation(
+        "shared: padding is forgotten",
+        "masking.py",
+        "and (real is None or real.all())",
+        "",
+        SHARED,
+    ),
+    Mutation(
+        "shared: forwards with gradients",
+        "masking.py",
+        "and not torch.is_grad_enabled()",
+        "",
+        SHARED,
+    ),
+    Mutation(
+        "shared: what is traced",
+        "masking.py",
+        "and settings.trace is None",
+        "",
+        SHARED,
+    ),
+    Mutation(
+        "shared: another stream finds what is not there yet",
+        "shared_plans.py",
+        "stamp = (id(profile_for(device)), releases(), stream)",
+        "stamp = (id(profile_for(device)), releases(), 0)",
+        SHARED,
+    ),
+    Mutation(
+        "shared: another profile finds old choices",
+        "shared_plans.py",
+        "stamp = (id(profile_for(device)), releases(), stream)",
+        "stamp = (0, releases(), stream)",
+        SHARED,
+    ),
+    Mutation(
+        "shared: a CUDA graph gets what a plan derives",
+        "integration.py",
+        "or capturing(query.device)",
+        "",
+        SHARED,
+    ),
+    Mutation(
+        "shared: a CUDA graph gets the mask of a plan",
+        "masking.py",
+        'or where.type == "meta" or capturing(where)',
+        'or where.type == "meta"',
+        SHARED,
+    ),
+    Mutation(
+        "what is as fast waits for kernels of another",
+        "first_use.py",
+        "all(rent.loss_us <= TIE * best for rent in rents)",
+        "False",
+        ("tests/test_first_use.py",),
+    ),
     Mutation(
         "padding of a row is left unwritten",
         "layouts.py",
