@@ -178,6 +178,26 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
     ("winners", "says"),
     [
         (((0, "a", False),), "a at every length"),
+        (
+            ((0, "a", False), (9, "b", False), (20, "a", False)),
+            "a, from 9 tokens b, from 20 tokens a",
+        ),
+        (
+            ((0, "a", False), (9, "b", False), (20, "a", False), (40, "b", False)),
+            "a, from 9 tokens b or a, from 40 tokens b",
+        ),
+        (
+            (
+                *((0, "a", False), (204, "b", False), (257, "a", False), (355, "b", False)),
+                *((385, "a", False), (484, "c", False), (900, "d", False), (950, "c", False)),
+            ),
+            "a, from about 200 tokens b or a, from about 380 tokens a, from about 480 tokens c, "
+            "from about 900 tokens d, from about 950 tokens c",
+        ),
+        (
+            ((0, "a", False), (9, "b", False), (20, "a", True), (40, "b", False)),
+            "a, from 9 tokens b, from 20 tokens a by a rule (not measured), from 40 tokens b",
+        ),
         (((0, "a", True),), "a at every length"),
         ((), "none at every length"),
         (((0, "a", False), (9, "b", False)), "a, from 9 tokens b"),
@@ -258,14 +278,25 @@ def test_calls_on_their_own_take_the_longer_of_host_and_device(tmp_path: Path) -
 def test_a_ratio_that_says_nothing_is_not_printed() -> None:
     shape: dict[str, Any] = {**SIZES, "batch": 1, "packed": 16, "causal": True, "grad": True}
     answer = explain(**shape, seq_len=32768, objective="memory", device="nvidia-h200")
-    assert answer.reason.endswith(" MiB predicted, in the shortest time")
+    assert answer.reason.endswith(" MiB predicted, also the fastest")
     first, second, *others = answer.options
     us = first.predicted_us
     assert us is not None
-    for factor, says in ((1.004, "as fast, to within 1%"), (0.996, "as fast, to within 1%"),
-                         (1.02, "1.02 times as long"), (0.9, "0.90 times as long")):  # fmt: skip
-        options = (first, replace(second, predicted_us=us * factor), *others)
-        assert replace(answer, options=options).rows()[1][-1] == says
+    size = first.predicted_bytes
+    assert size is not None
+    for factor, says in (
+        (1.004, "as fast, to within 1%"),
+        (0.996, "as fast, to within 1%"),
+        (1.02, "adds 1.02 times as much"),
+        (0.9, "adds 0.90 times as much"),
+    ):
+        row = replace(second, predicted_us=us * factor, predicted_bytes=size * 1.5)
+        found = replace(answer, options=(first, row, *others))
+        # What is to be small comes first.
+        assert found.rows()[1][-1] == f"1.50 times the memory, {says}"
+        assert replace(found, objective="latency").rows()[1][-1] == says
+        alone = replace(found, objective="latency", waits_for=None)
+        assert alone.rows()[1][-1] == says.replace("adds", "").replace("much", "long").strip()
 
 
 def test_a_profile_of_rules_alone_does_not_apologise() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 import smartattn
 from smartattn import profile, shared_plans
 from smartattn.backends import base
+from smartattn.control import DEFAULT
+from smartattn.integration import _Choice, smart_attention
 from smartattn.mask import PlanMask
 from smartattn.masking import smart_mask
-from smartattn.plan import Pattern
+from smartattn.plan import Pattern, Plan
 from smartattn.shared_plans import shared_plan
 
 from .agreement import CACHE, MASKS, WIDTH, assert_agree
@@ -128,10 +132,102 @@ def test_sequences_in_one_row_have_a_plan_of_their_own() -> None:
 
 def test_what_a_block_says_has_a_plan_of_its_own() -> None:
     model = tiny_model("llama", "smart")
-    (plain, _), (restricted, again) = plans_of(model, forward), plans_of(model, in_a_block)
-    assert restricted is not plain
-    assert restricted.settings.backends == ("sdpa",)
-    assert again.settings.backends == ("sdpa",)
+    (plain, _), (first, second) = plans_of(model, forward), plans_of(model, in_a_block)
+    assert len({plain, first, second}) == 3
+    assert not first.is_shared
+    assert first.settings.backends == second.settings.backends == ("sdpa",)
+    with pytest.MonkeyPatch.context() as patch:
+        # What is said of the process is one object.
+        patch.setattr("smartattn.control._process", DEFAULT)
+        smartattn.configure(backends=["sdpa", "eager"])
+        first, second = plans_of(model, forward)
+    assert first is second
+    assert first is not plain
+    assert first.settings.backends == ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gemma3"])
+@torch.no_grad()
+def test_no_mask_is_kept_for_other_forwards(name: str) -> None:
+    """Where no kernel takes softcap, sinks or a window alone, layers need one."""
+    model = tiny_model(name, "smart")
+    expected = forward(tiny_model(name, "eager")).logits
+    for _ in range(2):
+        first, second = plans_of(model, forward)
+        assert_agree(forward(model).logits, expected)
+    assert first is not second
+    gc.collect()
+    shared = [one for one in gc.get_objects() if isinstance(one, Plan) and one.is_shared]
+    kept = [value for plan in shared for value in plan._derived.values()]
+    assert not [value for value in kept if isinstance(value, torch.Tensor) and value.numel() > 64]
+    shapes = {(plan.batch, plan.q_len) for plan in shared if plan.decisions}
+    assert (3, WIDTH) not in {
+        (plan.batch, plan.q_len)
+        for plan in shared
+        if plan.settings is not None and plan.was_left and plan.decisions
+    }, shapes
+
+
+@torch.no_grad()
+def test_a_mask_that_is_wanted_as_a_tensor_is_not_kept() -> None:
+    mask = smart_mask(2, 8, 8)
+    assert isinstance(mask, PlanMask)
+    plan = mask.plan
+    assert plan is not None
+    assert plan.is_shared
+    assert torch.equal(mask.dense()[0, 0] == 0, torch.ones(8, 8).tril().bool())
+    assert not plan._derived
+    assert mask.plan is not plan
+    again = smart_mask(2, 8, 8)
+    assert isinstance(again, PlanMask)
+    assert again.plan is not plan, "whoever wants it once wants it again"
+
+
+@torch.no_grad()
+def test_bounds_in_a_buffer_that_is_filled_anew() -> None:
+    """For a batch with a mask of ones, and for one without any mask."""
+    model = tiny_model("llama", "smart")
+    bounds = torch.zeros(3, dtype=torch.int32)
+    ids = IDS[:1]
+    for values in ([0, 5, WIDTH], [0, 8, WIDTH]):
+        bounds.copy_(torch.tensor(values))
+        parts = [ids[:, a:b] for a, b in itertools.pairwise(values)]
+        positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+        expected = torch.cat([model(input_ids=part).logits for part in parts], dim=1)
+        for mask in (None, torch.ones_like(ids)):
+            more = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            more |= {"max_length_q": WIDTH, "max_length_k": WIDTH}
+            actual = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, **more
+            ).logits
+            assert_agree(actual, expected)
+
+
+def test_a_quarantine_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_quarantine", {})
+    model = tiny_model("llama", "smart")
+    first, _ = plans_of(model, forward)
+    (chosen,) = first.decisions.values()
+    base.quarantine(chosen.decision.backend.name, CPU, "for this test")
+    try:
+        second, _ = plans_of(model, forward)
+    finally:
+        base.end_quarantine()
+    assert second is not first
+    # Eager attention ran, under a plan that keeps its mask.
+    assert second.was_left
+    assert not first.was_left
+
+
+def test_every_thread_has_its_own() -> None:
+    """What has to be built for a shape is built for a thread."""
+    found = [shared_plan(1, 8, 8, Pattern.CAUSAL, CPU)]
+    thread = threading.Thread(
+        target=lambda: found.append(shared_plan(1, 8, 8, Pattern.CAUSAL, CPU))
+    )
+    thread.start()
+    thread.join()
+    assert found[0] is not found[1]
 
 
 def test_windows_count() -> None:
@@ -152,7 +248,7 @@ def test_another_profile_and_ended_quarantines_bring_another(
         assert changed is not before
     finally:
         profile.set_profile(None)
-    monkeypatch.setattr(base, "_releases", base.releases() + 1)
+    monkeypatch.setattr(base, "_changes", base.changes() + 1)
     assert shared_plan(1, 8, 8, Pattern.CAUSAL, CPU) not in (before, changed)
 
 
@@ -181,27 +277,46 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gemma3"])
 @torch.no_grad()
-def test_graphs_get_the_masks_and_calls_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", "smart")
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=torch.zeros(3, WIDTH, 32),
-        attention_mask=None,
-        **{CACHE: None},
-    )
-    assert not isinstance(mask, PlanMask)
-    assert smart_mask(3, WIDTH, WIDTH) is None
+def test_graphs_get_the_masks_and_calls_of_sdpa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or of the model's own code, where sdpa would leave an argument out."""
+    model = tiny_model(name, "smart")
     # Nothing is chosen, and no plan made.
     monkeypatch.setattr("smartattn.integration._choose", None)
     monkeypatch.setattr("smartattn.integration._plan_of", None)
-    expected = tiny_model("llama", "eager")
+    monkeypatch.setattr("smartattn.masking.Plan", None)
+    assert smart_mask(3, WIDTH, WIDTH) is None
+    expected = tiny_model(name, "eager")
     for padding in (None, "left"):
-        inputs = {"attention_mask": None if padding is None else MASKS[padding]}
-        where = inputs["attention_mask"]
+        where = None if padding is None else MASKS[padding]
+        inputs = {"attention_mask": where}
         assert_agree(
             forward(model, **inputs).logits, forward(expected, **inputs).logits, where=where
         )
+
+
+@torch.no_grad()
+def test_masks_that_were_made_before_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that others find is made while one is captured, nor is what was found used."""
+    model = tiny_model("llama", "smart")
+    layer = model.model.layers[0].self_attn
+    states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
+    for warm in (False, True):
+        mask = smart_mask(2, 8, 8)
+        assert isinstance(mask, PlanMask)
+        plan = mask.plan
+        assert plan is not None
+        if warm:
+            expected = smart_attention(layer, *states, mask)[0]
+            assert plan.decisions
+            monkeypatch.setattr(_Choice, "run", None)
+        else:
+            expected = smart_attention(layer, *states, smart_mask(2, 8, 8))[0]
+        with monkeypatch.context() as patch:
+            patch.setattr("smartattn.integration.capturing", lambda device: True)
+            assert_agree(smart_attention(layer, *states, mask)[0], expected)
+        assert not any(isinstance(value, torch.Tensor) for value in plan._derived.values())
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:

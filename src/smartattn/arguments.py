@@ -107,14 +107,15 @@ def packed_by_arguments(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
     if plan.is_packed or plan.pattern is Pattern.OTHER:
         return plan
     source = kwargs["cu_seq_lens_q"]
+    # The plan of a None mask outlives its forward, and a buffer may be filled anew for the next.
+    written = 0 if source.is_inference() else source._version
     known = plan.packings.get(id(source))
     # The entry holds its tensor, so the id cannot be another tensor's by now.
-    if known is None:
+    if known is None or known[1] != written:
         if len(plan.packings) >= _MOST_PACKINGS:
-            # The plan of a None mask outlives its forward.
             plan.packings.clear()
-        known = plan.packings[id(source)] = (source, _packed_plan(plan, kwargs))
-    return known[1]
+        known = plan.packings[id(source)] = (source, written, _packed_plan(plan, kwargs))
+    return known[2]
 
 
 def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:

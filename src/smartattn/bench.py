@@ -108,7 +108,7 @@ class _Pair:
     def open(self) -> int:
         """Per cent by which the rounds let medians differ by chance."""
         few = max(1.0, math.sqrt(_STEADY / self.rounds))
-        return max(EQUAL, math.ceil(round(100 * self.spread * few, 6)))
+        return max(EQUAL, round(100 * self.spread * few))
 
     @property
     def overlap(self) -> bool:
@@ -159,7 +159,9 @@ class _Pair:
         if self.beyond:
             return "their rounds overlap"
         return (
-            "the rounds tell nothing" if self.open > 100 else f"the rounds leave {self.open}% open"
+            "the rounds tell nothing"
+            if self.open > 100
+            else f"up to {self.open}% is within the scatter of the rounds"
         )
 
 
@@ -247,10 +249,10 @@ class Benchmark:
             return None
         went = "; ".join(brief(stack) for stack in free.stacks)
         if not free.packed:
-            return f"padding_free packed nothing and ran as smart alone does: it {went}"
+            return f"padding_free packed nothing: its row is smart's once more; each time it {went}"
         pair = _Pair(free, smart)
         doubt = "" if pair.tells else f", and {pair.unsettled}"
-        return f"padding_free {pair.words} smart{doubt}; it {went}"
+        return f"padding_free {pair.words} smart{doubt}; each time it {went}"
 
     @property
     def remark(self) -> str | None:

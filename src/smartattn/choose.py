@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .backends.base import Backend, releases
+from .backends.base import Backend, changes
 from .call import Call
 from .plan import Plan
 from .units import format_us
@@ -186,7 +186,7 @@ def _best(
     value = f"{figure / 2**20:.1f} MiB" if objective.goal == "memory" else f"{figure:.2g}"
     what = "least memory" if objective.goal == "memory" else "smallest error"
     slower = us / shortest
-    ratio = f"{slower:.2f} times the shortest time" if slower > 1 + TIE else "in the shortest time"
+    ratio = f"{slower:.2f} times the shortest time" if slower > 1 + TIE else "also the fastest"
     return backend, f"{what} by profile {profile}: {value} predicted, {ratio}"
 
 
@@ -226,7 +226,7 @@ class Chooser:
         objective: Objective = LATENCY,
     ) -> Decision:
         """The decision for a call; see :func:`choose`."""
-        key = (id(profile), allowed, objective, releases(), _kind(plan, call))
+        key = (id(profile), allowed, objective, changes(), _kind(plan, call))
         known = self._known.get(key)
         # The entry of a profile that is gone may have come back under the id of another.
         if (

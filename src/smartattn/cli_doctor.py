@@ -93,8 +93,8 @@ def _print_device(device: DeviceReport, console: Console) -> None:
     console.print(table)
     if device.reached < device.cases:
         console.print(
-            f"Tested for {device.seconds:.1f} s, which was enough for {device.reached} of "
-            f"{device.cases} calls" + _missed(device) + "; --seconds tests for longer.",
+            f"Stopped after {device.seconds:.1f} s with {device.reached} of {device.cases} calls "
+            f"done{_missed(device)}; --seconds tests for longer.",
             soft_wrap=True,
             highlight=False,
         )
@@ -103,7 +103,7 @@ def _print_device(device: DeviceReport, console: Console) -> None:
 def _missed(device: DeviceReport) -> str:
     if not device.unreached:
         return ", one of each kind at least"
-    return f": none of {', '.join(device.unreached)}"
+    return f", not tested: {', '.join(device.unreached)}"
 
 
 def _remark(backend: BackendReport) -> str:

@@ -156,6 +156,7 @@ def print_stack_rules(
         if last != _OTHERWISE:
             table.add_row(_OTHERWISE, "no", "no rule says that it pays")
         console.print(table)
+        console.print("the first row that holds decides", highlight=False)
 
 
 def _applying(when: _Conditions, kind: str | None) -> _Conditions | None:
@@ -172,16 +173,17 @@ def _lead(winner: Winner) -> str:
 
 def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
     """Prints who wins from which key length on."""
+    from .thresholds import THRESHOLD_LENGTHS
+
     thresholds = list(thresholds)
     kinds = dict.fromkeys(one.ratio_of for one in thresholds if one.ratio_of is not None)
-    ratio = "".join(f" ({TIMES_AS_FAST[kind]}, at most)" for kind in kinds)
     table = Table(
         "call",
         "head dim",
         "padding",
-        "fastest from which key length on" + ratio,
+        Column("fastest from", overflow="fold"),
         Column("measured to", justify="right"),
-        title="Thresholds, for 8 rows or packed sequences and 16/16 heads",
+        title="Thresholds by key length, for 8 rows or packed sequences and 16/16 heads",
     )
     last = None
     for threshold in thresholds:
@@ -205,7 +207,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
             call if group != last else "",
             str(threshold.head_dim) if group != last else "",
             f"{threshold.padding_share:.0%}" + " of each row" * threshold.alike,
-            ", ".join(winners),
+            "\n".join(winners),
             "-" if threshold.measured_to is None else f"{threshold.measured_to:,}",
         )
         last = group
@@ -213,10 +215,22 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         console.print(table)
         if any(one.alike for one in thresholds):
             console.print(
-                '"of each row": all rows have as much padding; of rows of several lengths only one '
-                "backend that was measured is considered, so that nothing is decided by time",
+                '"of each row": all rows have as much padding. Where their lengths differ one '
+                "backend alone is considered, so that there is no threshold",
                 soft_wrap=True,
                 highlight=False,
             )
-        if kinds:
-            console.print(f"no number: less than {LEAD} times as fast", highlight=False)
+        for kind in kinds:
+            console.print(
+                f"(1.25): {TIMES_AS_FAST[kind]}, at most; none: less than {LEAD}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        asked = ", ".join(map(str, THRESHOLD_LENGTHS[:5]))
+        console.print(
+            f"asked at {asked}, ... tokens: in between another one that is about as fast may win, "
+            "as its tiles are full; smartattn explain asks any length\n"
+            "measured to: the longest row of such calls, which was one of fewer rows",
+            soft_wrap=True,
+            highlight=False,
+        )

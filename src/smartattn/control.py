@@ -46,11 +46,12 @@ class Settings:
     trace: Trace | None = None
 
 
-_DEFAULT = Settings()
+#: Nobody has set anything.
+DEFAULT = Settings()
 #: What the blocks say; one value per thread and asyncio task.
-SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=_DEFAULT)
+SETTINGS: ContextVar[Settings] = ContextVar("smartattn_settings", default=DEFAULT)
 #: What the process says.
-_process = _DEFAULT
+_process = DEFAULT
 
 _lock = ForkSafeLock()
 # By what the block says, and then by what model and process say: equal settings are one object.
@@ -115,7 +116,7 @@ def configure(
     changes = checked(backends, pad_output, objective, max_slowdown)
     if model is None:
         global _process
-        _process = replace(_DEFAULT, **changes) if changes else _DEFAULT
+        _process = replace(DEFAULT, **changes) if changes else DEFAULT
         return
     configs = _configurations(model)
     if not configs:
@@ -137,7 +138,7 @@ def settings_for(config: Any) -> Settings:
             given = object.__getattribute__(config, "__dict__").get(ATTRIBUTE)
         except AttributeError:
             given = None  # a module's own idea of a configuration, such as a dict
-    if given is None and _process is _DEFAULT:
+    if given is None and _process is DEFAULT:
         return block
     return _merge(block, given, _process)
 

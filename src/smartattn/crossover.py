@@ -177,11 +177,13 @@ def _most_first(item: tuple[str, int]) -> tuple[int, str]:
 
 
 def _letters(names: Sequence[str]) -> dict[str, str]:
-    """A letter per backend, its first one if that is free."""
+    """One or two letters per backend, no two equal: initials of its first and its last part."""
     letters: dict[str, str] = {}
     for name in names:
-        free = [c for c in (*name.upper(), *"0123456789") if c.isalnum()]
-        letters[name] = next(c for c in free if c not in letters.values())
+        first, *others = name.upper().split("_")
+        short = first[0] + (others[-1][0] if others else "")
+        numbers = (f"{first[0]}{number}" for number in range(10))
+        letters[name] = next(c for c in (short, *numbers) if c not in letters.values())
     return letters
 
 
@@ -189,6 +191,13 @@ def show(found: Sequence[Map], console: Console) -> None:
     """Prints the maps: a letter per winner, and how far ahead of the next one it is."""
     places = _places(found)
     letters = _letters(list(places))
+    legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+    console.print(
+        f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
+        f"{LEAD}, or there is no other; as far as lengths were measured",
+        soft_wrap=True,
+        highlight=False,
+    )
     for one in found:
         # Not a title of the table, which would be cut into lines as short as the table.
         console.print(one.title, style="italic", soft_wrap=True, highlight=False)
@@ -205,12 +214,6 @@ def show(found: Sequence[Map], console: Console) -> None:
                 texts.append(Text(letters[cell.backend] + _times(cell), style=shade))
             table.add_row(*texts)
         console.print(table)
-    legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
-    console.print(
-        f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
-        f"{LEAD}, or there is no other; as far as lengths were measured",
-        soft_wrap=True,
-    )
 
 
 def _captions(found: Sequence[Map]) -> str:
@@ -220,7 +223,7 @@ def _captions(found: Sequence[Map]) -> str:
 def _times(cell: Cell) -> str:
     if cell.speedup is None or cell.speedup < LEAD:
         return ""
-    return f"{cell.speedup:.1f}" if cell.speedup < 9.95 else ">9"
+    return f" {cell.speedup:.1f}" if cell.speedup < 9.95 else " >9"
 
 
 def plot(found: Sequence[Map], name: str, path: Path) -> None:

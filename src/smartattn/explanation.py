@@ -33,6 +33,8 @@ MAX_TOKENS = 1 << 26
 MAX_SIZE = 1 << 24
 #: The lengths between which a change of the choice is looked for, and the steps per octave.
 _SHORTEST, _LONGEST, _STEPS = 16, 1 << 17, 2
+#: Lengths that are asked about from step to step.
+_PARTS = 4
 
 Status = Literal["chosen", "slower", "unmeasured", "set aside", "refuses"]
 
@@ -119,9 +121,8 @@ class Explanation:
         """``winners`` as a phrase."""
         # Where no length is predicted the reason says so once.
         some = not all(winner.by_rule for winner in self.winners)
-        runs = [
-            list(run) for _, run in itertools.groupby(self.winners, lambda winner: winner.backend)
-        ] or [[Winner(0, "none")]]
+        groups = itertools.groupby(self.winners, lambda winner: winner.backend)
+        runs = _in_turn([list(run) for _, run in groups]) or [[Winner(0, "none")]]
         phrases = [
             (f"from {_start(run[0], some)} tokens " if place else "")
             + run[0].backend
@@ -163,7 +164,7 @@ class Explanation:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The columns of :attr:`header`, per option."""
-        best = next((o.predicted_us for o in self.options if o.status == "chosen"), None)
+        chosen = next((o for o in self.options if o.status == "chosen"), None)
         figures = {"memory": _memory, "accuracy": _error}
         figure = figures.get(self._goal)
         return [
@@ -172,10 +173,32 @@ class Explanation:
                 format_us(o.predicted_us),
                 *(map(format_us, (o.host_us, o.device_us, o.shared_us)) if self._apart else ()),
                 *(() if figure is None else (figure(o),)),
-                _remark(o, best),
+                self._remark(o, chosen),
             )
             for o in self.options
         ]
+
+    def _remark(self, option: Option, chosen: Option | None) -> str:
+        """What is said of an option beside its figures."""
+        if option.status == "slower" and chosen is not None:
+            long = "adds {} times as much" if self.waits_for else "{} times as long"
+            compared = [(option.predicted_us, chosen.predicted_us, long, "as fast")]
+            # What is to be small comes first.
+            if self._goal == "memory":
+                sizes = option.predicted_bytes, chosen.predicted_bytes
+                compared.insert(0, (*sizes, "{} times the memory", "as much memory"))
+            elif self._goal == "accuracy":
+                errors = option.expected_error, chosen.expected_error
+                compared.insert(0, (*errors, "{} times the error", "as exact"))
+            said = [_beside(*one) for one in compared]
+            return ", ".join(filter(None, said)) or option.status
+        if option.status == "unmeasured":
+            return "could run it; not measured"
+        if option.status == "chosen" and option.predicted_us is None:
+            return "chosen; not measured"
+        if option.status in ("refuses", "set aside"):
+            return f"{option.status}: {'; '.join(option.reasons)}"
+        return option.status
 
     @property
     def _beyond(self) -> str:
@@ -185,10 +208,13 @@ class Explanation:
             if option.beyond is not None:
                 ends.setdefault(option.beyond, []).append(option.backend)
         predicted = sum(option.predicted_us is not None for option in self.options)
+        # Of a row with all of its sequences.
+        tokens = "packed tokens" if self.workload.side == "packed" else "tokens"
         if len(ends) == 1 and len(next(iter(ends.values()))) == predicted:
-            return f"beyond the {next(iter(ends)):,} tokens measured"
+            return f"beyond the {next(iter(ends)):,} {tokens} measured"
         return "; ".join(
-            f"{', '.join(names)} beyond the {end:,} tokens measured" for end, names in ends.items()
+            f"{', '.join(names)} beyond the {end:,} {tokens} measured"
+            for end, names in ends.items()
         )
 
     @property
@@ -521,12 +547,16 @@ def _winners(workload: Workload, target: Target, settings: Settings) -> tuple[Wi
             return "none", False
         return decision.backend.name, _by_rule(decision)
 
-    lengths = [shortest]
+    steps = [shortest]
     longest = min(_LONGEST, MAX_TOKENS // 8 // workload.batch)
     # Powers of two among them, as in the crossover map.
-    while (following := round(shortest * 2 ** (len(lengths) / _STEPS))) <= longest:
-        lengths.append(following)
-    return tuple(_changes(chosen, lengths))
+    while (following := round(shortest * 2 ** (len(steps) / _STEPS))) <= longest:
+        steps.append(following)
+    lengths = set(steps)
+    for low, high in itertools.pairwise(steps):
+        # Tiles are full at powers of two, and between most lengths of real batches.
+        lengths |= {low + (high - low) * part // _PARTS + 1 for part in range(_PARTS)}
+    return tuple(_changes(chosen, sorted(lengths)))
 
 
 def _changes(chosen: Callable[[int], tuple[str, bool]], lengths: list[int]) -> list[Winner]:
@@ -544,6 +574,32 @@ def _changes(chosen: Callable[[int], tuple[str, bool]], lengths: list[int]) -> l
     return winners
 
 
+def _in_turn(runs: list[list[Winner]]) -> list[list[Winner]]:
+    """Runs of one backend each; where two take turns, as tiles fill and overflow, one for both."""
+    shown: list[list[Winner]] = []
+    while runs:
+        turns = 1
+        while (
+            turns < len(runs)
+            and runs[turns][0].backend == runs[turns % 2][0].backend
+            and not any(winner.by_rule for winner in (*runs[0], *runs[turns]))
+        ):
+            turns += 1
+        if turns > 3:
+            second = runs[1][0]
+            both = replace(second, backend=f"{second.backend} or {runs[0][0].backend}")
+            shown += [runs[0], [both]]
+        elif turns > 1:
+            # The last of them may take turns with what follows.
+            shown += runs[: turns - 1]
+        else:
+            shown.append(runs[0])
+            runs = runs[1:]
+            continue
+        runs = runs[turns - 1 :]
+    return shown
+
+
 def _by_rules(run: Sequence[Winner]) -> str:
     """Where rules decide for a backend that is chosen by predictions at other lengths."""
     if all(winner.by_rule for winner in run):
@@ -558,13 +614,16 @@ def _by_rules(run: Sequence[Winner]) -> str:
 
 
 def _start(winner: Winner, some: bool) -> str:
-    """Where a winner begins; a rule beside ``some`` predictions begins about where these end."""
-    about = winner.by_rule and some
-    return _about(winner.from_seq_len) if about else f"{winner.from_seq_len:,}"
+    """Where a winner begins: by rules alone exactly.
+
+    Among ``some`` predictions about: a rule begins where these end, at a multiple of some length
+    that happened to be measured.
+    """
+    return _about(winner.from_seq_len) if some else f"{winner.from_seq_len:,}"
 
 
 def _about(length: int) -> str:
-    """Where predictions end or begin: at a multiple of some length that happened to be measured."""
+    """A length to two digits, which is as much as is known of it."""
     if length < 100:
         return str(length)
     return f"about {float(f'{length:.2g}'):,.0f}"
@@ -606,18 +665,14 @@ def _check(workload: Workload) -> None:
         raise ValueError(f"window is at least 1, given {workload.window}")
 
 
-def _remark(option: Option, best: float | None) -> str:
-    if option.status == "slower" and best and option.predicted_us is not None:
-        ratio = option.predicted_us / best
-        alike = 1 / (1 + TIE) <= ratio <= 1 + TIE
-        return f"as fast, to within {TIE:.0%}" if alike else f"{ratio:.2f} times as long"
-    if option.status == "unmeasured":
-        return "could run it; not measured"
-    if option.status == "chosen" and option.predicted_us is None:
-        return "chosen; not measured"
-    if option.status in ("refuses", "set aside"):
-        return f"{option.status}: {'; '.join(option.reasons)}"
-    return option.status
+def _beside(value: float | None, best: float | None, more: str, equal: str) -> str | None:
+    """What is said of a figure beside the chosen one's; None where there is none."""
+    if value is None or not best:
+        return None
+    ratio = value / best
+    if 1 / (1 + TIE) <= ratio <= 1 + TIE:
+        return f"{equal}, to within {TIE:.0%}"
+    return more.format(f"{ratio:.2f}")
 
 
 def _memory(option: Option) -> str:

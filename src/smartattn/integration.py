@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -111,6 +112,14 @@ def smart_attention(
         return _compiled_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
+    if capturing(query.device):
+        # A graph must find what it was captured with: nothing that belongs to a plan.
+        mask = attention_mask
+        if isinstance(mask, PlanMask) and mask.plan is not None:
+            mask = mask.plan.own().dense_mask()
+        return _compiled_attention(
+            module, query, key, value, mask, dropout, scaling, is_causal, kwargs
+        )
     signature = (
         module.__class__,
         query.shape,
@@ -131,14 +140,9 @@ def smart_attention(
     if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
     if choice is None:
-        if (
-            kwargs.get("output_attentions")
-            or isinstance(kwargs.get("cache"), PagedAttentionCache)
-            or capturing(query.device)
-        ):
+        if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
             # Transformers' own warning, and its own handling of paged caches: since 5.24 layers
-            # handle them themselves. A graph must find what it was captured with: nothing that
-            # belongs to a plan.
+            # handle them themselves.
             output, weights = sdpa_attention_forward(
                 module,
                 query,
@@ -151,12 +155,19 @@ def smart_attention(
                 **kwargs,
             )
             return output, weights
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        if packed and type(attention_mask) is PlanMask:
+            attention_mask.own_plan()
         plan = _plan_of(query, key, attention_mask, is_causal)
-        if kwargs.get("cu_seq_lens_q") is not None:
+        if packed:
             plan = packed_by_arguments(plan, kwargs)
         if "indices" in kwargs or "block_indices" in kwargs:
             plan = narrowed(module, query, key, plan, kwargs)
         choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
+        if type(attention_mask) is PlanMask and plan.is_shared and _keeps_mask(plan, choice):
+            plan = attention_mask.own_plan()
+            assert plan is not None
+            choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
     assert plan is not None
     while True:
         kwargs["module"] = module
@@ -172,6 +183,12 @@ def smart_attention(
                 raise
             plan.decisions.clear()
             choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
+
+
+def _keeps_mask(plan: Plan, choice: _Choice) -> bool:
+    """Whether a choice is bound to a mask of all queries by all keys."""
+    backend = choice.decision.backend
+    return backend.last_resort or backend.uses_dense_mask(plan, choice.call)
 
 
 def _choice(
@@ -312,9 +329,9 @@ def _needs_grad(
     """Whether a backward may follow.
 
     Dropout says so too: a reentrant checkpoint runs its layers without gradients first, and must
-    draw the same dropout when it runs them again.
+    draw the same dropout when it runs them again. So does forward-mode differentiation.
     """
-    if dropout > 0.0:
+    if dropout > 0.0 or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
@@ -344,7 +361,7 @@ def _log(plan: Plan, call: Call, decision: Decision) -> None:
 def _as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(mask, PlanMask):
         return mask
-    plan = mask.plan
+    plan = mask.own_plan()
     return mask.dense() if plan is None else plan.dense_mask()
 
 

@@ -55,6 +55,13 @@ class PlanMask(torch.Tensor):
         state = self._state
         return None if state.shared else state.plan
 
+    def own_plan(self) -> Plan | None:
+        """The plan, which no other forward has from now on, see :meth:`Plan.own`."""
+        plan = self.plan
+        if plan is not None and plan.is_shared:
+            plan = self._state.plan = plan.own()
+        return plan
+
     def dense(self) -> torch.Tensor:
         """The additive mask itself: 0 where a query sees a key, the dtype's minimum elsewhere.
 
@@ -63,6 +70,9 @@ class PlanMask(torch.Tensor):
         state = self._state
         if state.dense is None:
             assert state.plan is not None
+            if state.plan.is_shared:
+                # Of what is kept for other forwards nothing may be as large as a mask.
+                state.plan = state.plan.own()
             mask = state.plan.additive_mask(self.dtype)
             if mask is None:
                 state.dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)

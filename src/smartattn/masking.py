@@ -9,14 +9,14 @@ import torch
 from transformers import masking_utils as masks
 from transformers.utils.import_utils import is_tracing
 
-from .control import settings_for
+from .control import DEFAULT, SETTINGS, settings_for
 from .mask import PlanMask
 from .patterns import calls_attention_function, packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
 from .shared_plans import capturing, shared_plan
 
-#: Tokens of a row up to which batches without padding share plans. Forwards of longer ones do not
-#: feel the host, and a mask that somebody wants as a tensor would be kept.
+#: Tokens of a row up to which batches without padding share plans: forwards of longer ones do not
+#: feel the host.
 _SHARED_TOKENS = 1024
 
 
@@ -101,13 +101,15 @@ def smart_mask(
         and offset == kv_offset
         and 1 < q_length == kv_length <= _SHARED_TOKENS
         and not torch.is_grad_enabled()
-        and settings.trace is None
+        # What a block says is another object every time.
+        and SETTINGS.get() is DEFAULT
         and (real is None or real.all())
     ):
         plan = shared_plan(
             batch_size, q_length, kv_length, known.pattern, where, known.window, settings
         )
-        return PlanMask(plan, dtype)
+        if not plan.was_left:
+            return PlanMask(plan, dtype)
     plan = Plan(
         batch_size,
         q_length,

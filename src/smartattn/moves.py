@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 
 import torch
 
@@ -24,6 +25,8 @@ _FURTHEST = 2**34
 _MOST_PLACES = 2**31
 
 _launcher = Launcher("move_kernel", "TOKENS", "ELEMENTS")
+#: Kinds of launches, with their device, that Triton could not build.
+_unbuildable: set[Hashable] = set()
 
 
 @functools.cache
@@ -34,6 +37,8 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return "tokens are copied by a Triton kernel on GPUs alone"
+    if torch.version.hip:
+        return "tokens are copied by a kernel that was not tested on ROCm"
     reason = hindrance(lambda: _build(device))
     if reason is not None:
         logger.info("tokens are copied by torch's own operations, since %s", reason)
@@ -71,7 +76,9 @@ def moved(states: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> bo
     Returns:
         Whether it was done; False has done nothing.
     """
-    if unavailable(states.device) is not None:
+    # What is traced, or has no memory of its own, is for torch's own operations.
+    plain = type(states) is torch.Tensor and not torch.compiler.is_compiling()
+    if not plain or unavailable(states.device) is not None:
         return False
     return _move(states, index, target)
 
@@ -88,14 +95,22 @@ def _move(states: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> bo
         target.zero_()
         return True
     strides, eighths, blocks, shares, elements = launch
-    _launcher(
-        target.device,
-        (states.dtype, index.dtype, at[1] % 16 == 0, elements),
-        (-(-count // _TOKENS), shares, 1),
-        (states, index, target),
-        (*at, count, states.shape[1], length, eighths, blocks, *strides, _TOKENS, elements),
-        enable_fp_fusion=True,
-    )
+    kind = (states.dtype, index.dtype, at[1] % 16 == 0, elements)
+    if (kind, target.device) in _unbuildable:
+        return False
+    try:
+        _launcher(
+            target.device,
+            kind,
+            (-(-count // _TOKENS), shares, 1),
+            (states, index, target),
+            (*at, count, states.shape[1], length, eighths, blocks, *strides, _TOKENS, elements),
+            enable_fp_fusion=True,
+        )
+    except NotImplementedError as error:
+        logger.info("some tokens are copied by torch's own operations, since %s", error)
+        _unbuildable.add((kind, target.device))
+        return False
     return True
 
 

@@ -120,7 +120,7 @@ class Packing:
 
     def _sources(self, device: torch.device) -> torch.Tensor | None:
         """(batch * length,) which real token belongs to each place; None if nobody can use it."""
-        if moves.unavailable(device) is not None:
+        if torch.compiler.is_compiling() or moves.unavailable(device) is not None:
             return None
         sources = self._inverse.get(device)
         if sources is None:

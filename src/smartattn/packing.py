@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import moves
 from .call import Call, Runner
@@ -87,8 +88,8 @@ def scatter(
 
 
 def recorded(states: torch.Tensor) -> bool:
-    """Whether what is done to a tensor is recorded for a gradient."""
-    return states.requires_grad and torch.is_grad_enabled()
+    """Whether what is done to a tensor is recorded for a gradient, or may carry one forward."""
+    return (states.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def packs_queries(plan: Plan, call: Call) -> bool:

@@ -135,10 +135,12 @@ class Plan:
         self.decisions: dict[Any, Any] = {}
         #: What the caller had set when the forward began, see ``control``.
         self.settings: Any = None
-        #: Other forwards may have this plan too, see ``shared_plans``.
+        #: Other forwards may have this plan too, see ``shared_plans``; and whether one of them had
+        #: to go on with a copy of its own.
         self.is_shared = False
+        self.was_left = False
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
-        self.packings: dict[int, tuple[torch.Tensor, Plan]] = {}
+        self.packings: dict[int, tuple[torch.Tensor, int, Plan]] = {}
         #: The plan of the same sequences with padding between them, which may have their bounds on
         #: the device already. It knows this one, and must not wait for the garbage collector.
         self.with_padding: weakref.ref[Plan] | None = None
@@ -349,8 +351,7 @@ class Plan:
             twin = object.__new__(Plan)
             twin.__dict__.update(self.__dict__)
             twin.device = device
-            kept = ("tiles", "uniform")  # what needs no tensor
-            twin._derived = {k: v for k, v in self._derived.items() if k[0] in kept}
+            twin._derived = self._without_tensors()
             twin.decisions = {}
             twin.packings = {}
             twin._given = _moved(self._given, device)
@@ -359,6 +360,24 @@ class Plan:
             twin._origin = weakref.ref(self)
             self._twins[device] = twin
         return twin
+
+    def own(self) -> Plan:
+        """A copy that no other forward has. What was derived and chosen is given up by both."""
+        self.was_left = True
+        self._derived = self._without_tensors()
+        self.decisions = {}
+        copy = object.__new__(Plan)
+        copy.__dict__.update(self.__dict__)
+        copy._derived = dict(self._derived)
+        copy.is_shared = copy.was_left = False
+        copy._twins, copy._origin = {}, None
+        copy.decisions, copy.packings = {}, {}
+        copy.stack = None
+        return copy
+
+    def _without_tensors(self) -> dict[Any, Any]:
+        """Of what was derived, numbers alone."""
+        return {k: v for k, v in self._derived.items() if k[0] in ("tiles", "uniform")}
 
     # -- making ----------------------------------------------------------------------------------
 

@@ -1,22 +1,27 @@
 """Plans of batches that have nothing of their own but their shape: forwards share them.
 
 What is derived from such a plan and chosen under it is found again by the next forward of the same
-shape, which the host of a launch-bound model feels.
+shape, which the host of a launch-bound model feels. A forward that needs a dense mask, or has
+something of its own after all, goes on with a copy: :meth:`smartattn.plan.Plan.own`.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Hashable
 
 import torch
 
-from .backends.base import releases
+from .backends.base import changes
 from .control import Settings
 from .plan import Pattern, Plan
 from .profile import profile_for
 
 #: Plans that are remembered. What they keep on the device is small: where sequences begin.
 _MOST = 256
+#: Says which kernels a user has put in the place of torch's own.
+_kernels = getattr(torch.nn.attention, "current_flash_attention_impl", None)
 
 
 def shared_plan(
@@ -38,8 +43,11 @@ def shared_plan(
         # What a plan has uploaded is there for those alone who come later on the same stream.
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
-    # Another profile, and the end of a quarantine, bring other choices.
-    stamp = (id(profile_for(device)), releases(), stream)
+    # Another profile, quarantines and other kernels in torch bring other choices; and what has to
+    # be built for a shape is built for a thread.
+    kernels = None if _kernels is None else _kernels()
+    profile = id(profile_for(device))
+    stamp = (profile, changes(), kernels, threading.get_ident(), stream)
     return _plan(batch, q_len, kv_len, pattern, device, window, settings, stamp)
 
 
@@ -52,7 +60,7 @@ def _plan(
     device: torch.device,
     window: int | None,
     settings: Settings | None,
-    stamp: tuple[int, int, int],
+    stamp: Hashable,
 ) -> Plan:
     plan = Plan(batch, q_len, kv_len, pattern, device, window=window)
     plan.settings = settings

@@ -68,7 +68,8 @@ def thresholds(
                         alike=usual.spread == "same",
                         ratio_of="layer" if predictor.of_layers else "call",
                         winners=tuple(winners),
-                        measured_to=longest,
+                        # A packed row was measured as a whole, and is asked about by sequence.
+                        measured_to=longest // max(1, usual.sequences),
                     )
                 )
     return found
@@ -144,9 +145,9 @@ def _winners(
     """The winners by key length; of a packed batch, by the mean length of its sequences."""
     winners: list[Winner] = []
     for length in THRESHOLD_LENGTHS:
-        if length > longest:
-            break
         total = length * max(1, usual.sequences)
+        if total > longest:
+            break
         workload = replace(usual, q_len=1 if usual.mode == "decode" else total, kv_len=total)
         if layout == "masked":
             workload = replace(workload, window=max(1, length // 4))

@@ -53,17 +53,19 @@ class Support:
 _quarantine: dict[tuple[str, torch.device], str] = {}
 
 
-_releases = 0
+_changes = 0
 
 
 def quarantine(name: str, device: torch.device, reason: str) -> None:
     """Makes a backend refuse every call on a device from now on, in this process."""
+    global _changes
+    _changes += 1
     _quarantine[name, device] = reason
 
 
-def releases() -> int:
-    """How often a quarantine was ended: choices of before then may have been made without some."""
-    return _releases
+def changes() -> int:
+    """How often a quarantine began or ended: choices of before then may have to be made anew."""
+    return _changes
 
 
 def quarantined(name: str, device: torch.device) -> str | None:
@@ -73,8 +75,8 @@ def quarantined(name: str, device: torch.device) -> str | None:
 
 def end_quarantine() -> None:
     """Lets all backends run again, for instance after a package was put right."""
-    global _releases
-    _releases += 1
+    global _changes
+    _changes += 1
     _quarantine.clear()
 
 
