@@ -259,8 +259,10 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     assert " 50% of each row " in out
     assert '"of each row": all rows have as much padding' in out
     assert "decode, one query per sequence, padding, float32" in out.replace("\n", "")
-    assert "32: sdpa (1.42), 1,536: sdpa (2.50), 4,096: sdpa, 8,192: sdpa " in out
-    assert "no number: less than 1.05 times as fast" in out
+    for one_line in (" 32: sdpa (1.42) ", " 1,536: sdpa (2.50) ", " 4,096: sdpa ", " 8,192: sdpa "):
+        assert one_line in out
+    assert "(1.25): how many times as fast as the next one, at most; none: less than 1.05" in out
+    assert "asked at 32, 48, 64, 96, 128, ... tokens" in out.replace("\n", " ")
     causal = {"mode": "forward", "causal": True}
     for change, words in (
         (causal, "forward, causal, padding on the left, float32"),
@@ -282,7 +284,7 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     # Ratios of before are of what calls add to their layers, which says little of any time.
     cli.print_thresholds((one.model_copy(update={"ratio_of": None}),), Console())
     out = capsys.readouterr().out
-    assert "32: sdpa, 1,536: sdpa, 4,096: sdpa, 8,192: sdpa " in out
+    assert " 32: sdpa " in out
     assert "times as fast" not in out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
 from collections.abc import Callable
@@ -148,24 +147,25 @@ def test_what_a_block_says_has_a_plan_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gemma3"])
 @torch.no_grad()
-def test_no_mask_is_kept_for_other_forwards(name: str) -> None:
+def test_no_mask_is_kept_for_other_forwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no kernel takes softcap, sinks or a window alone, layers need one."""
+    shared = []
+
+    def made(*args: Any, **kwargs: Any) -> Plan:
+        shared.append(Plan(*args, **kwargs))
+        return shared[-1]
+
+    shared_plans._plan.cache_clear()
+    monkeypatch.setattr(shared_plans, "Plan", made)
     model = tiny_model(name, "smart")
     expected = forward(tiny_model(name, "eager")).logits
-    for _ in range(2):
-        first, second = plans_of(model, forward)
+    for _ in range(3):
         assert_agree(forward(model).logits, expected)
-    assert first is not second
-    gc.collect()
-    shared = [one for one in gc.get_objects() if isinstance(one, Plan) and one.is_shared]
+    assert shared
+    assert any(plan.was_left for plan in shared)
     kept = [value for plan in shared for value in plan._derived.values()]
-    assert not [value for value in kept if isinstance(value, torch.Tensor) and value.numel() > 64]
-    shapes = {(plan.batch, plan.q_len) for plan in shared if plan.decisions}
-    assert (3, WIDTH) not in {
-        (plan.batch, plan.q_len)
-        for plan in shared
-        if plan.settings is not None and plan.was_left and plan.decisions
-    }, shapes
+    assert not any(isinstance(value, torch.Tensor) for value in kept)
+    assert not any(plan.decisions for plan in shared if plan.was_left)
 
 
 @torch.no_grad()

@@ -149,7 +149,10 @@ def test_bench_times_all_and_says_what_was_chosen(folder: Any, capsys: Any) -> N
         assert name in out
     assert out.startswith("forward of the layers alone (no cache, no logits), 2 x 16: ")
     assert "smart ran sdpa in 2 calls" in out
-    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: no"
+    said = (
+        "padding_free packed nothing: its row is smart's once more; "
+        "each time it ran 1 forward padded: no"
+    )
     assert said in out
     assert "part early" not in out
     assert "here" in out.splitlines()[-1]
@@ -198,7 +201,9 @@ def test_bench_runs_padding_free_in_its_own_row_alone(
     assert stack == "ran 1 forward packed: asked for whenever it is exact"
     assert rows[bench.PADDING_FREE].packed
     assert not rows["smart"].packed
-    said = " smart, and less than 3 rounds tell nothing; it ran 1 forward packed: asked for"
+    said = (
+        " smart, and less than 3 rounds tell nothing; each time it ran 1 forward packed: asked for"
+    )
     assert said in (found.padding_free or "")
     assert found.as_dict()["padding_free"] == found.padding_free
     assert not model.__dict__.get("_smartattn_padding_free")
@@ -239,7 +244,7 @@ def packing(smart: list[float], free: list[float], sdpa: list[float]) -> bench.B
         (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[2.0] * 3), "takes 2.00 times as long as"),
         (made(eager=[9.0] * 3, sdpa=[1.0] * 3, smart=[0.5] * 3), "pays here: it is 2.00 times"),
         (made(sdpa=[1.0] * 3, smart=[1.01] * 3), "no difference here: it takes 1.01 times as long"),
-        (made(sdpa=[1.0] * 3, smart=[1.001] * 3), "it is as fast as sdpa, and the rounds leave 2%"),
+        (made(sdpa=[1.0] * 3, smart=[1.001] * 3), "it is as fast as sdpa, and up to 2% is within"),
         # Within the spread of the rounds, which may be so large that nothing follows.
         (made(sdpa=around(1.0, 0.02), smart=around(0.98, 0.03)), "it is 1.02 times as fast as"),
         (made(sdpa=around(1.0, 0.02), smart=around(0.98, 0.03)), "no difference here"),
@@ -292,7 +297,8 @@ def packing(smart: list[float], free: list[float], sdpa: list[float]) -> bench.B
         # "No difference" is said of what leaves little open.
         (
             packing(around(0.95, 0.06), around(0.9, 0.01), around(1.0, 0.01)),
-            "; whether smart alone pays cannot be told: the rounds leave 6% open",
+            "; whether smart alone pays cannot be told: up to 6% is within the scatter of the "
+            "rounds",
         ),
         (made(smart=[1.0]), "only smart ran"),
         (made(**{"smart": [1.0], bench.PADDING_FREE: [0.5]}), "only smart ran"),
@@ -308,16 +314,19 @@ def test_padding_free_that_packs_nothing_is_not_what_pays() -> None:
     padded = bench.Row(bench.PADDING_FREE, [0.5] * 3, stacks=["ran 1 forward padded: small"])
     found = bench.Benchmark((*rows, padded), "cpu", "float32", 10, 10, 0, 0)
     assert "smart makes no difference" in found.verdict
-    said = "padding_free packed nothing and ran as smart alone does: it ran 1 forward padded: small"
+    said = (
+        "padding_free packed nothing: its row is smart's once more; "
+        "each time it ran 1 forward padded: small"
+    )
     assert found.padding_free == said
 
 
 @pytest.mark.parametrize(
     ("free", "says"),
     [
-        (0.5, "padding_free is 2.00 times as fast as smart; it "),
-        (2.0, "padding_free takes 2.00 times as long as smart; it "),
-        (0.98, "padding_free is 1.02 times as fast as smart, and the rounds leave 4% open; it "),
+        (0.5, "padding_free is 2.00 times as fast as smart; each time it "),
+        (2.0, "padding_free takes 2.00 times as long as smart; each time it "),
+        (0.98, "padding_free is 1.02 times as fast as smart, and up to 4% is within"),
     ],
 )
 def test_what_padding_free_changes_is_said(free: float, says: str) -> None:

@@ -177,13 +177,13 @@ def _most_first(item: tuple[str, int]) -> tuple[int, str]:
 
 
 def _letters(names: Sequence[str]) -> dict[str, str]:
-    """One or two letters per backend, no two equal: initials of its first and its last part."""
+    """One or two letters per backend, no two equal: of its first and its last part."""
     letters: dict[str, str] = {}
     for name in names:
         first, *others = name.upper().split("_")
         short = first[0] + (others[-1][0] if others else "")
         numbers = (f"{first[0]}{number}" for number in range(10))
-        letters[name] = next(c for c in (short, *numbers) if c not in letters.values())
+        letters[name] = next(c for c in (short, first[:2], *numbers) if c not in letters.values())
     return letters
 
 
