@@ -29,6 +29,12 @@ ONES = torch.ones_like(IDS)
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def nothing_shared_before() -> None:
+    """What other tests have left behind."""
+    shared_plans._plan.cache_clear()
+
+
 def plans_of(model: Any, run: Callable[[Any], Any]) -> list[Any]:
     """The plan that a model's layers get, of two forwards."""
     found = []
@@ -155,7 +161,6 @@ def test_no_mask_is_kept_for_other_forwards(name: str, monkeypatch: pytest.Monke
         shared.append(Plan(*args, **kwargs))
         return shared[-1]
 
-    shared_plans._plan.cache_clear()
     monkeypatch.setattr(shared_plans, "Plan", made)
     model = tiny_model(name, "smart")
     expected = forward(tiny_model(name, "eager")).logits
