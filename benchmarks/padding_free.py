@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ WAYS = ("sdpa", "flash_attention_2", "smart", PADDING_FREE, IDEAL)
 OTHERS = ("sdpa", "flash_attention_2")
 #: Milliseconds below which a call is run once, untimed, after the model was set up for it.
 BRIEF = 50.0
+#: Seconds that such calls get whatever the rounds: the host's scatter is larger than what is asked.
+BRIEF_SECONDS = 8.0
 
 
 def workloads() -> Iterator[Workload]:
@@ -179,7 +182,8 @@ def measure(
     """Interleaved rounds of all ways on one workload.
 
     Args:
-        rounds, seconds: it ends after so many rounds, or so long once ``FEWEST_ROUNDS`` are done.
+        rounds, seconds: it ends after so many rounds (brief calls after ``BRIEF_SECONDS``), or so
+            long once ``FEWEST_ROUNDS`` are done.
         always: pack whether or not the profile says that it pays.
         end: of ``time.perf_counter()``, when the fewest rounds have to do.
     """
@@ -220,7 +224,9 @@ def measure(
     del reference
     end = min(end, time.perf_counter() + seconds)
     order = list(times)
-    for count in range(1, rounds + 1):
+    brief_end = min(end, time.perf_counter() + BRIEF_SECONDS)
+    for count in itertools.count(1):
+        brief = all(one and one[-1] < BRIEF for one in times.values())
         for name in order:
             run = packed if name == IDEAL else padded
             with way(name, model, always):
@@ -229,6 +235,8 @@ def measure(
                     run()
                 times[name].append(timed(run, device)[0])
         order.append(order.pop(0))
+        if count >= rounds and (not brief or time.perf_counter() > brief_end):
+            break
         if count >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
     for name, values_ms in times.items():

@@ -113,7 +113,7 @@ class _Frame:
     """
 
     __slots__ = (
-        "arguments", "decided", "guard", "hooks", "opener", "outer", "packing", "reads_last",
+        "arguments", "asked", "decided", "given", "guard", "hooks", "opener", "outer", "packing",
         "reason", "token",
     )  # fmt: skip
 
@@ -122,7 +122,9 @@ class _Frame:
         #: The module whose end is the end of this forward.
         self.opener = opener
         self.guard: Guard | None = None
-        self.reads_last = False
+        #: The arguments of the root by name, and those that root and base got as keywords.
+        self.given: dict[str, Any] = {}
+        self.asked: list[dict[str, Any]] = []
         #: Why this forward cannot be packed whatever the batch.
         self.reason: str | None = None
         self.decided = False
@@ -221,11 +223,8 @@ class _Hooks:
             if module is self.stack.root:
                 values = {**dict(zip(self._root_names, args, strict=False)), **kwargs}
                 frame.guard, frame.reason = guard_for(self.stack, values)
-                frame.reads_last = reads_last(values)
-        config = self.stack.base.config
-        for name in _COLLECTED:
-            if kwargs.get(name, getattr(config, name, False)):
-                frame.reason = f"{name} is asked for"
+                frame.given = values
+        frame.asked.append(kwargs)
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -317,6 +316,15 @@ class _Hooks:
 
     # -- once per forward and mask type ------------------------------------------------------------
 
+    def _refusal(self, frame: _Frame) -> str | None:
+        """Why a forward cannot be packed whatever the batch."""
+        config = self.stack.base.config
+        for name in _COLLECTED:
+            default = getattr(config, name, False)
+            if any(kwargs.get(name, default) for kwargs in frame.asked):
+                return f"{name} is asked for"
+        return frame.reason
+
     def _state(
         self, frame: _Frame, names: tuple[str, ...], plan: Plan, values: dict[str, Any]
     ) -> _State:
@@ -325,15 +333,16 @@ class _Hooks:
         if not frame.decided:
             frame.decided = True
             settings = plan.settings or SETTINGS.get()
-            packs, reason = False, frame.reason or plan_refusal(plan)
+            packs, reason = False, plan_refusal(plan)
             if reason is None:
                 states = values.pop(names[0])
-                request = Request(self.stack, plan, states, values, settings, frame.reads_last)
+                last = reads_last(frame.given)
+                request = Request(self.stack, plan, states, values, settings, last)
                 # The cheaper question first: small batches wait for the host.
                 packs, reason = worth(request, self.always)
             if packs:
                 packing, packed = Packing(plan), packed_plan(plan)
-                refusal = exactness_refusal(request, packing, packed)
+                refusal = self._refusal(frame) or exactness_refusal(request, packing, packed)
                 if refusal is None and frame.guard is not None:
                     refusal = frame.guard.refusal()
                 if refusal is None and not self._arm():

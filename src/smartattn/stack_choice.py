@@ -104,15 +104,38 @@ def _some_reads_packed(packed: Plan, call: Call, allowed: Sequence[str] | None) 
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """Whether packing a batch pays by the rules of a profile."""
+    """Whether packing a batch pays by the rules of a profile; every forward asks, few for words."""
 
     packs: bool
     #: Whose rule says so, or that there is none.
     rule: str
-    #: What the rule asks for, what it was asked of this batch, and one sentence with its source.
-    bounds: str | None = None
-    asked: str | None = None
+    #: One sentence with its source.
     because: str | None = None
+    #: The conditions that the batch meets, or else is asked first; and what they are asked of.
+    when: StackWhen | None = None
+    tokens: int = 0
+    padding: int = 0
+    hidden: int = 0
+
+    @property
+    def bounds(self) -> str | None:
+        """What the rule asks for."""
+        if self.when is None:
+            return None
+        if not self.packs:
+            return "below all bounds"
+        return str(self.when.model_copy(update={"device": None}))
+
+    @property
+    def asked(self) -> str | None:
+        """What the rule was asked of this batch."""
+        if self.when is None:
+            return None
+        spared = self.when.min_spared_work is not None
+        counted, words = (self.padding, "padding tokens") if spared else (self.tokens, "tokens")
+        work = self.when.work(counted, self.hidden)
+        share = self.padding / self.tokens
+        return f"{share:.0%} padding, {words} x {self.when.unit} are {work:.2g}"
 
     @property
     def reason(self) -> str:
@@ -141,19 +164,16 @@ def pays(plan: Plan, hidden: int, profile: Profile) -> Worth:
         return Worth(False, "no rule of the profile says that it pays")
     # A profile without rules of its own goes by those of the default.
     name = profile.name if profile.padding_free else "default"
-    bounds = str(when.model_copy(update={"device": None})) if rule.pack else "below all bounds"
-    asked = _asked(when, plan, hidden)
-    return Worth(rule.pack, f"rule of profile {name}", bounds, asked, rule.because)
-
-
-def _asked(when: StackWhen, plan: Plan, hidden: int) -> str:
-    """What a rule for packing is asked of a batch, as a phrase."""
     tokens = plan.batch * plan.q_len
-    padding = tokens - plan.real_q
-    spared = when.min_spared_work is not None
-    counted, words = (padding, "padding tokens") if spared else (tokens, "tokens")
-    work = when.work(counted, hidden)
-    return f"{padding / tokens:.0%} padding, {words} x {when.unit} are {work:.2g}"
+    return Worth(
+        packs=rule.pack,
+        rule=f"rule of profile {name}",
+        because=rule.because,
+        when=when,
+        tokens=tokens,
+        padding=tokens - plan.real_q,
+        hidden=hidden,
+    )
 
 
 def _rule(plan: Plan, hidden: int, profile: Profile) -> tuple[StackRule | None, StackWhen | None]:
