@@ -193,7 +193,7 @@ def _without_cudnn() -> Iterator[None]:
 
     What ran before it, to warm up, may have been another backend.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
