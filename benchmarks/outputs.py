@@ -122,7 +122,7 @@ def selected(every: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> 
 
 def times_something(command: str) -> bool:
     """Whether other work on the machine would change what a command says."""
-    return command.startswith("smartattn bench ")
+    return command.startswith(("smartattn bench ", "smartattn doctor"))
 
 
 def run(command: str, models: Mapping[str, str]) -> Output:

@@ -87,8 +87,8 @@ MUTATIONS = (
     Mutation(
         "moved: gradients are lost",
         "packing.py",
-        "return states.requires_grad and torch.is_grad_enabled()",
-        "return False",
+        "(states.requires_grad and torch.is_grad_enabled()) or",
+        "",
         (*PACKING, *PADDING_FREE),
     ),
     Mutation(

@@ -452,7 +452,7 @@ def test_show_draws_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.run(["show", "--profile", shipped, "--map"]) == 0
     out = capsys.readouterr().out
     assert "decode, one query per sequence; batch 16, 16 heads of " in out
-    assert "as far as lengths were measured" in out
+    assert "as far as one backend was measured" in out
     assert cli.run(["show", "--plot", str(tmp_path / "map.png")]) == 2
     assert "nothing to draw" in capsys.readouterr().err
     pytest.importorskip("matplotlib")

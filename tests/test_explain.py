@@ -160,7 +160,7 @@ def test_a_rule_beyond_what_is_predicted_is_told() -> None:
     assert second.from_seq_len == pytest.approx(64_000, rel=1 / 32)
     assert within.crossovers.endswith(f"tokens {second.backend} by a rule (not measured)")
     assert "from about 6" in within.crossovers, "64 times what happened to be measured"
-    assert "extrapolated: beyond the 1,000 tokens measured" in within.lines()
+    assert "extrapolated: beyond the 1,000 tokens of a row measured" in within.lines()
     assert "extrapolated" not in str(explain(seq_len=1000, **request))
     beyond = explain(seq_len=100_000, **request)
     assert beyond.options[0].predicted_us is None

@@ -181,7 +181,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         "call",
         "head dim",
         "padding",
-        Column("fastest from", overflow="fold"),
+        Column("fastest from (lead at most)", overflow="fold"),
         Column("measured to", justify="right"),
         title="Thresholds by key length, for 8 rows or packed sequences and 16/16 heads",
     )
@@ -230,7 +230,9 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         console.print(
             f"asked at {asked}, ... tokens: in between another one that is about as fast may win, "
             "as its tiles are full; smartattn explain asks any length\n"
-            "measured to: the longest row of such calls, which was one of fewer rows",
+            "measured to: the longest row up to which all of these are known from calls like this, "
+            "causal and bidirectional ones together; rows that long come in fewer than 8\n"
+            "other numbers of rows and heads have other thresholds",
             soft_wrap=True,
             highlight=False,
         )

@@ -194,7 +194,7 @@ def show(found: Sequence[Map], console: Console) -> None:
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
     console.print(
         f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
-        f"{LEAD}, or there is no other; as far as lengths were measured",
+        f"{LEAD}, or there is no other; as far as one backend was measured",
         soft_wrap=True,
         highlight=False,
     )
@@ -223,7 +223,7 @@ def _captions(found: Sequence[Map]) -> str:
 def _times(cell: Cell) -> str:
     if cell.speedup is None or cell.speedup < LEAD:
         return ""
-    return f" {cell.speedup:.1f}" if cell.speedup < 9.95 else " >9"
+    return f" {cell.speedup:.1f}" if cell.speedup < 9.95 else " >9.9"
 
 
 def plot(found: Sequence[Map], name: str, path: Path) -> None:

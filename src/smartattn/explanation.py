@@ -208,8 +208,8 @@ class Explanation:
             if option.beyond is not None:
                 ends.setdefault(option.beyond, []).append(option.backend)
         predicted = sum(option.predicted_us is not None for option in self.options)
-        # Of a row with all of its sequences.
-        tokens = "packed tokens" if self.workload.side == "packed" else "tokens"
+        packed = self.workload.side == "packed"
+        tokens = "tokens of a packed row" if packed else "tokens of a row"
         if len(ends) == 1 and len(next(iter(ends.values()))) == predicted:
             return f"beyond the {next(iter(ends)):,} {tokens} measured"
         return "; ".join(

@@ -74,7 +74,8 @@ def fit_stack_rules(
     if not packed.all():
         some = packed.any()
         batches = f"{_count(~packed)} {'below all bounds ' if some else ''}ran"
-        certain = "" if some else f", none of them {MARGIN:.0%} faster for certain"
+        faster = sum(pays(one) for one, under in zip(samples, ~packed, strict=True) if under)
+        certain = f", {faster or 'none'} of them {MARGIN:.0%} faster for certain"
         because = f"{measured}: {batches} {_times(speedups[~packed])}{certain}"
         because += f" ({_described(samples, ~packed)})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)

@@ -45,7 +45,8 @@ def thresholds(
         names = sorted(backends[regime._replace(head_dim=0)])
         if len(names) < 2:
             continue
-        longest = max(cost.longest_kv_len for cost in rivals)
+        reach = {cost.backend: cost.longest_kv_len for cost in rivals}
+        longest = max(reach.values())
         for share in THRESHOLD_SHARES if regime.layout in ("padded", "right") else (0.0,):
             usual = _usual(regime, share)
             winners = _winners(usual, regime.layout, predictor, names, longest, device)
@@ -69,7 +70,8 @@ def thresholds(
                         ratio_of="layer" if predictor.of_layers else "call",
                         winners=tuple(winners),
                         # A packed row was measured as a whole, and is asked about by sequence.
-                        measured_to=longest // max(1, usual.sequences),
+                        measured_to=min(reach.get(one.backend, longest) for one in winners)
+                        // max(1, usual.sequences),
                     )
                 )
     return found
