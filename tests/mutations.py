@@ -143,14 +143,14 @@ MUTATIONS = (
     Mutation(
         "shared: a CUDA graph gets what a plan derives",
         "integration.py",
-        "if capturing(query.device):",
+        "if capturing(query):",
         "if False:",
         SHARED,
     ),
     Mutation(
         "shared: a CUDA graph gets the mask of a plan",
         "masking.py",
-        'or where.type == "meta" or capturing(where)',
+        'or where.type == "meta" or capturing_on(where)',
         'or where.type == "meta"',
         SHARED,
     ),
@@ -1349,8 +1349,8 @@ MUTATIONS = (
     Mutation(
         "what is counted is counted again on another device",
         "plan.py",
-        'kept = ("tiles", "uniform")',
-        "kept = ()",
+        "twin._derived = self._without_tensors()",
+        "twin._derived = {}",
         PLAN,
     ),
     Mutation(

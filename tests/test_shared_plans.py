@@ -277,8 +277,8 @@ def test_every_stream_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """All looks as if it were recorded for a CUDA graph."""
-    for name in ("masking", "integration"):
-        monkeypatch.setattr(f"smartattn.{name}.capturing", lambda device: True)
+    for name in ("masking.capturing_on", "integration.capturing"):
+        monkeypatch.setattr(f"smartattn.{name}", lambda on: True)
 
 
 @pytest.mark.usefixtures("graph")
@@ -325,10 +325,11 @@ def test_masks_that_were_made_before_a_graph(monkeypatch: pytest.MonkeyPatch) ->
         else:
             expected = smart_attention(layer, *states, smart_mask(2, 8, 8))[0]
         with monkeypatch.context() as patch:
-            patch.setattr("smartattn.integration.capturing", lambda device: True)
+            patch.setattr("smartattn.integration.capturing", lambda states: True)
             assert_agree(smart_attention(layer, *states, mask)[0], expected)
         assert not any(isinstance(value, torch.Tensor) for value in plan._derived.values())
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
-    assert not shared_plans.capturing(CPU)
+    assert not shared_plans.capturing(IDS)
+    assert not shared_plans.capturing_on(CPU)

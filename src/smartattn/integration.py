@@ -113,7 +113,7 @@ def smart_attention(
         return _compiled_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
-    if capturing(query.device):
+    if capturing(query):
         # A graph must find what it was captured with: nothing that belongs to a plan.
         mask = attention_mask
         if isinstance(mask, PlanMask) and mask.plan is not None:

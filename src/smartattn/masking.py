@@ -13,7 +13,7 @@ from .control import DEFAULT, SETTINGS, settings_for
 from .mask import PlanMask
 from .patterns import calls_attention_function, packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
-from .shared_plans import capturing, shared_plan
+from .shared_plans import capturing_on, shared_plan
 
 #: Tokens of a row up to which batches without padding share plans: forwards of longer ones do not
 #: feel the host.
@@ -60,7 +60,7 @@ def smart_mask(
         **kwargs,
     }
     where = torch.device(device)
-    if is_tracing(attention_mask) or where.type == "meta" or capturing(where):
+    if is_tracing(attention_mask) or where.type == "meta" or capturing_on(where):
         # A graph of one model must not mix kinds of masks: here all are what sdpa gets.
         mask: torch.Tensor | None = masks.sdpa_mask(
             **arguments,

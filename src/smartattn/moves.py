@@ -77,8 +77,8 @@ def moved(states: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> bo
         Whether it was done; False has done nothing.
     """
     # What is traced, or has no memory of its own, is for torch's own operations.
-    plain = type(states) is torch.Tensor and not torch.compiler.is_compiling()
-    if not plain or unavailable(states.device) is not None:
+    plain = type(states) is torch.Tensor and states.dtype.is_floating_point
+    if not plain or torch.compiler.is_compiling() or unavailable(states.device) is not None:
         return False
     return _move(states, index, target)
 
@@ -118,9 +118,11 @@ def _move(states: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> bo
 def _launch_of(
     from_strides: tuple[int, ...], to_strides: tuple[int, ...], parts: int, width: int
 ) -> tuple[tuple[int, ...], int, int, int, int] | None:
-    """Strides / 8 of row, token and part on both sides, elements of a part / 8, programs of it, of
+    """How a kernel is launched on tensors of such strides; None if it cannot move 16 bytes at once.
 
-    a token, and elements of a program; None if 16 bytes cannot be copied at once.
+    Returns:
+        Strides / 8 of row, token and part on both sides; elements of a part / 8; programs of a part
+        and of a token; elements of a program.
     """
     if parts == 1 or from_strides[2] == to_strides[2] == width:
         # Parts that follow each other on both sides are one run of memory.

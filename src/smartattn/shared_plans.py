@@ -68,6 +68,12 @@ def _plan(
     return plan
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched on a device now is recorded for a CUDA graph."""
+def capturing(states: torch.Tensor) -> bool:
+    """Whether what is launched for a tensor now is recorded for a CUDA graph."""
+    # Every layer asks, and the type of a device takes the host ten times as long.
+    return states.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def capturing_on(device: torch.device) -> bool:
+    """The same of a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
