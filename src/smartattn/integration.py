@@ -7,11 +7,10 @@ the batch and returns it as a plan that travels in the mask's place; once per la
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -118,10 +117,9 @@ def smart_attention(
         mask = attention_mask
         if isinstance(mask, PlanMask) and mask.plan is not None:
             mask = mask.plan.own().dense_mask()
-        with _without_cudnn():
-            return _compiled_attention(
-                module, query, key, value, mask, dropout, scaling, is_causal, kwargs
-            )
+        return _compiled_attention(
+            module, query, key, value, mask, dropout, scaling, is_causal, kwargs
+        )
     signature = (
         module.__class__,
         query.shape,
@@ -185,20 +183,6 @@ def smart_attention(
                 raise
             plan.decisions.clear()
             choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
-
-
-@contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Keeps SDPA from cuDNN, which has to build for every new shape, and cannot during a capture.
-
-    What ran before it, to warm up, may have been another backend.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def _keeps_mask(plan: Plan, choice: _Choice) -> bool:
