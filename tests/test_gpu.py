@@ -622,12 +622,24 @@ def test_a_padding_free_prefill_fills_the_cache() -> None:
 # -- CUDA graphs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "warm_up",
+    [
+        pytest.param(
+            "smart",
+            marks=pytest.mark.skipif(
+                not has_flash_attn, reason="SDPA may have to build: needs flash-attn"
+            ),
+        ),
+        "sdpa",
+    ],
+)
 @torch.no_grad()
-def test_a_captured_forward_may_be_replayed() -> None:
+def test_a_captured_forward_may_be_replayed(warm_up: str) -> None:
     """With other tokens, and after other forwards have come and gone."""
     model = _small_llama(torch.bfloat16)
     # What SDPA has to build for the shape is built before.
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(warm_up)
     given = torch.randint(0, 500, (2, 128), device=CUDA)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:

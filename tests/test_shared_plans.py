@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -10,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
 from smartattn import profile, shared_plans
 from smartattn.backends import base
+from smartattn.backends.sdpa import SdpaBackend
+from smartattn.call import Call, Runner
+from smartattn.choose import Chooser
 from smartattn.control import DEFAULT
+from smartattn.first_use import FirstUses
 from smartattn.integration import _Choice, smart_attention
 from smartattn.mask import PlanMask
 from smartattn.masking import smart_mask
@@ -322,6 +328,88 @@ def test_masks_that_were_made_before_a_graph(monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr("smartattn.integration.capturing", lambda states: True)
             assert_agree(smart_attention(layer, *states, mask)[0], expected)
         assert not any(isinstance(value, torch.Tensor) for value in plan._derived.values())
+
+
+class _Recording(SdpaBackend):
+    """Stands for a flash kernel, and keeps what it was asked for."""
+
+    name = "flash_attention_2"
+    indispensable = False
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+
+    def bind(self, plan: Plan, call: Call) -> Runner:
+        self.plans.append(plan)
+        return super().bind(plan, call)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> _Recording:
+    backend = _Recording()
+    monkeypatch.setattr("smartattn.integration._chooser", Chooser([backend]))
+    monkeypatch.setattr("smartattn.integration._first_uses", FirstUses([backend]))
+    monkeypatch.setattr("smartattn.integration._FOR_GRAPHS", (backend.name,))
+    return backend
+
+
+@pytest.mark.usefixtures("graph")
+@torch.no_grad()
+def test_graphs_without_a_mask_may_run_flash_kernels(recording: _Recording) -> None:
+    """By plans of their own, which no later forward finds."""
+    model = tiny_model("llama", "smart")
+    with smartattn.trace() as trace:
+        found = forward(model).logits
+    assert_agree(found, forward(tiny_model("llama", "eager")).logits)
+    assert len({id(plan) for plan in recording.plans}) == len(model.model.layers)
+    assert all(plan.is_causal and not plan.is_shared for plan in recording.plans)
+    assert [row.backend for row in trace.rows] == [recording.name]
+    encoder = tiny_model("bert", "smart")
+    recording.plans.clear()
+    inputs = {"input_ids": IDS, "attention_mask": ONES}
+    expected = tiny_model("bert", "eager")(**inputs).last_hidden_state
+    assert_agree(encoder(**inputs).last_hidden_state, expected)
+    assert recording.plans
+    assert not any(plan.is_causal for plan in recording.plans)
+
+
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("why", ["padding", "grad", "dropout", "backends", "memory", "cache"])
+def test_all_other_calls_in_graphs_are_those_of_sdpa(why: str, recording: _Recording) -> None:
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    query, key, value = (torch.randn(2, heads, 8, 8) for heads in (4, 2, 2))
+    mask, dropout = None, 0.0
+    if why == "padding":
+        mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    if why == "grad":
+        query.requires_grad_()
+    if why == "dropout":
+        dropout = 0.5
+    if why == "cache":
+        # Under a causal mask None says nothing of where the queries stand.
+        query = query[:, :, :4]
+    with contextlib.ExitStack() as stack:
+        if why == "backends":
+            stack.enter_context(smartattn.use(backends=["sdpa"]))
+        if why == "memory":
+            stack.enter_context(smartattn.use(objective="memory"))
+        torch.manual_seed(0)
+        found = smart_attention(layer, query, key, value, mask, dropout=dropout)[0]
+    torch.manual_seed(0)
+    expected = sdpa_attention_forward(layer, query, key, value, mask, dropout=dropout)[0]
+    assert torch.equal(found, expected)
+    assert not recording.plans
+
+
+@pytest.mark.usefixtures("graph")
+@torch.no_grad()
+def test_masks_in_graphs_that_hide_nothing() -> None:
+    """What they say comes before what a layer says of itself."""
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
+    mask = PlanMask(Plan(2, 8, 8, Pattern.BIDIRECTIONAL, CPU), torch.float32)
+    expected = sdpa_attention_forward(layer, *states, None, is_causal=False)[0]
+    assert_agree(smart_attention(layer, *states, mask)[0], expected)
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:

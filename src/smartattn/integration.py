@@ -71,6 +71,10 @@ class _Choice:
     trace: Trace | None
 
 
+#: What keeps nothing on the device of a batch without padding, and sdpa, which stands for itself.
+_FOR_GRAPHS = ("flash_attention_3", "flash_attention_2", "sdpa")
+
+
 #: What a choice depends on beside the plan and arguments that are not plain; see ``_choice``.
 _Signature: TypeAlias = tuple[Any, ...]
 #: Arguments under which the signature says all.
@@ -113,12 +117,8 @@ def smart_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     if capturing(query):
-        # A graph must find what it was captured with: nothing that belongs to a plan.
-        mask = attention_mask
-        if isinstance(mask, PlanMask) and mask.plan is not None:
-            mask = mask.plan.own().dense_mask()
-        return _compiled_attention(
-            module, query, key, value, mask, dropout, scaling, is_causal, kwargs
+        return _captured_attention(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     signature = (
         module.__class__,
@@ -263,6 +263,43 @@ def _choose(
     kwargs: Mapping[str, Any],
     settings: Settings,
 ) -> _Choice:
+    call = _call(module, query, key, value, dropout, scaling, features, kwargs, settings)
+    profile = profile_for(query.device)
+    objective = settings.objective or LATENCY
+    decision = _chooser(plan, call, profile, settings.backends, objective)
+    bind: Callable[[], Runner] = functools.partial(decision.backend.bind, plan, call)
+    # What other forwards find must not change while checkpointed layers may run again.
+    lasting = call.grad and plan.is_shared
+    if settings.backends is None and objective.goal == "latency" and not lasting:
+        decision, bind = _first_uses.settle(decision, plan, call)
+    else:
+        _first_uses.take(decision, plan, call)
+    _log(plan, call, decision)
+    try:
+        run = bind()
+    except Exception as error:
+        if not faults.may_repeat(error, decision.backend, plan, call):
+            faults.annotate(error, decision, plan, call)
+            raise
+        return _choose(
+            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
+        )
+    eager = _eager_function(module) if decision.backend.name == "eager" else None
+    return _Choice(decision, call, run, eager, settings.trace)
+
+
+def _call(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    features: tuple[str, ...],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+) -> Call:
+    """What backends are asked about."""
     wanted = set(features)
     if dropout:
         wanted.add("dropout")
@@ -272,9 +309,8 @@ def _choose(
         wanted.add("mixed devices")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         wanted.add("broadcast batches")
-    eager = _eager_function(module)
     token_major_keys, key_pitch = where_keys_lie(key, value)
-    call = Call(
+    return Call(
         device=query.device,
         dtype=query.dtype,
         batch=query.shape[0],
@@ -296,31 +332,9 @@ def _choose(
         token_major_keys=token_major_keys,
         token_major_queries=lies_by_token(query),
         key_pitch=key_pitch,
-        has_eager=eager is not None,
+        has_eager=_eager_function(module) is not None,
         features=frozenset(wanted),
     )
-    profile = profile_for(query.device)
-    objective = settings.objective or LATENCY
-    decision = _chooser(plan, call, profile, settings.backends, objective)
-    bind: Callable[[], Runner] = functools.partial(decision.backend.bind, plan, call)
-    # What other forwards find must not change while checkpointed layers may run again.
-    lasting = call.grad and plan.is_shared
-    if settings.backends is None and objective.goal == "latency" and not lasting:
-        decision, bind = _first_uses.settle(decision, plan, call)
-    else:
-        _first_uses.take(decision, plan, call)
-    _log(plan, call, decision)
-    try:
-        run = bind()
-    except Exception as error:
-        if not faults.may_repeat(error, decision.backend, plan, call):
-            faults.annotate(error, decision, plan, call)
-            raise
-        return _choose(
-            module, query, key, value, plan, dropout, scaling, features, kwargs, settings
-        )
-    eager = eager if decision.backend.name == "eager" else None
-    return _Choice(decision, call, run, eager, settings.trace)
 
 
 def _needs_grad(
@@ -363,6 +377,52 @@ def _as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
         return mask
     plan = mask.own_plan()
     return mask.dense() if plan is None else plan.dense_mask()
+
+
+def _captured_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The choice while a CUDA graph is captured, whose replays find what it was captured with.
+
+    Nothing of a plan may be in it, and nothing be built: without a mask a flash kernel may run;
+    everything else is :func:`_compiled_attention`'s.
+    """
+    if isinstance(mask, PlanMask):
+        # A copy of the plan: what is derived now is the graph's.
+        mask = mask.dense() if mask.plan is None else mask.plan.own().dense_mask()
+        is_causal = False
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    q_len, kv_len = query.shape[2], key.shape[2]
+    settings = settings_for(getattr(module, "config", None))
+    objective = settings.objective or LATENCY
+    if (
+        mask is None
+        and (q_len == kv_len or not causal)
+        and settings.backends is None
+        and objective.goal == "latency"
+        and _PLAIN_ARGUMENTS.issuperset(kwargs)
+    ):
+        pattern = Pattern.CAUSAL if causal and q_len > 1 else Pattern.BIDIRECTIONAL
+        plan = Plan(query.shape[0], q_len, kv_len, pattern, query.device)
+        call = _call(module, query, key, value, dropout, scaling, (), kwargs, settings)
+        if not call.grad:
+            profile = profile_for(query.device)
+            decision = _chooser(plan, call, profile, _FOR_GRAPHS, objective)
+            decision, bind = _first_uses.settle(decision, plan, call)
+            if not decision.backend.indispensable:
+                _log(plan, call, decision)
+                if settings.trace is not None:
+                    settings.trace.record(plan, call, decision)
+                return bind()(query, key, value, {**kwargs, "module": module}), None
+    return _compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
 
 
 def _compiled_attention(
