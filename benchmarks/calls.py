@@ -38,7 +38,7 @@ from smartattn.choose import choose
 from smartattn.integration import smart_attention
 from smartattn.masking import smart_mask
 from smartattn.plan import Plan
-from smartattn.profile import profile_for
+from smartattn.profiles import profile_for
 from smartattn.timing import cache_flush, interleaved
 from smartattn.triton_launch import Launcher
 from smartattn.workload import Memory, Side, Tensors, Workload, as_padded
@@ -52,7 +52,7 @@ VARLEN = (
     *("torch_varlen", "triton_varlen", "sdpa_unpadded"),
 )
 PADDING = 0.5
-#: What issue 5 wants: device time over that of packed tokens, microseconds of the host per layer.
+#: What is wanted: device time over that of packed tokens, microseconds of the host per layer.
 _DEVICE, _HOST_US = 1.15, 5.0
 #: Calls in a round of host times, and rounds.
 _CALLS, _ROUNDS = 50, 11

@@ -11,7 +11,7 @@ from .common import Judged, Run, judged, markdown, mean_of, number
 from .models import IMPLEMENTATIONS, Result, Workload, ratio, table, tiny_workloads, workloads
 
 SHORT = {"sdpa": "sdpa", "flash_attention_2": "FA2", "smart": "smart"}
-#: What issue 5 wants: the worst smart / better, and of means over padded forwards.
+#: What is wanted: the worst smart / better, and of means over padded forwards.
 _WORST = 1.03
 _PADDED = {
     "with FlashAttention-3": 1.12,
@@ -64,7 +64,7 @@ def _is_host_bound(workload: Workload) -> bool:
 
 
 def wanted(run: Run, grid: Sequence[Workload]) -> list[Judged]:
-    """What a run is to show, in the order of issue 5."""
+    """What a run is to show."""
     results, missing = _among(run, grid, lambda _: True)
     shares = {result.workload: ratio(result) or 0.0 for result in results}
     worst = max(shares, key=lambda name: shares[name], default=None)

@@ -262,7 +262,7 @@ def table(results: list[Result]) -> str:
     return common.markdown(header, map(row, results))
 
 
-#: What is wanted over the better of the two others, per workload; issue 7.
+#: What is wanted over the better of the two others, per workload.
 _SPEEDUPS = {
     Workload("bert-large", "forward", 128, 512, 0.5): 2.0,
     Workload("llama-1b", "prefill", 8, 4096, 0.25, "left"): 1.4,

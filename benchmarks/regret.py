@@ -24,7 +24,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from smartattn import evaluate, profile, samples
+from smartattn import evaluate, profile, profiles, samples
 from smartattn.backends import BACKENDS
 from smartattn.cost import Predictor
 from smartattn.evaluate import Judged, Policy, Regret
@@ -144,7 +144,7 @@ def measured(
 
 def policies(made: Profile) -> dict[str, Policy]:
     """The profile, and what one would do without it."""
-    rule = profile.load(profile.shipped_profiles() / "default.json")
+    rule = profile.load(profiles.shipped_profiles() / "default.json")
     return {
         "profile": evaluate.by_profile(made),
         "always sdpa": evaluate.always("sdpa"),
@@ -176,7 +176,7 @@ def in_force(device: Device, given: Path | None) -> tuple[Profile, str]:
     """The profile that a process on this device would use, and where it is from."""
     if given is not None:
         return profile.load(given), str(given)
-    found = profile.find(device)
+    found = profiles.find(device)
     return found.profile, f"{found.source}, {found.path}"
 
 

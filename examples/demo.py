@@ -11,7 +11,7 @@ import sys
 import smartattn
 import torch
 import transformers
-from smartattn.profile import profile_for
+from smartattn.profiles import profile_for
 
 import embed_minilm
 import generate_smollm2

@@ -823,7 +823,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a change of the choice is not narrowed down",
-        "explanation.py",
+        "explaining.py",
         "while high - low > max(1, high // 64):",
         "while high - low > high:",
         EXPLAIN,
@@ -844,7 +844,7 @@ MUTATIONS = (
     ),
     Mutation(
         "options come in the order of the backends",
-        "explanation.py",
+        "explaining.py",
         "o.predicted_us or 0.0)",
         "0.0)",
         EXPLAIN,
@@ -1531,7 +1531,7 @@ MUTATIONS = (
     Mutation(
         "stacks: timed under the profile of before",
         "calibrate.py",
-        "with profile.in_force(made, device):",
+        "with profiles.in_force(made, device):",
         "if True:",
         STACKS,
     ),
@@ -1544,7 +1544,7 @@ MUTATIONS = (
     ),
     Mutation(
         "explain: the head size stands for the hidden size",
-        "explanation.py",
+        "explaining.py",
         "hidden = heads * head_dim if hidden is None else hidden",
         "hidden = head_dim",
         ("tests/test_explain.py", "-x", "-k", "padding_free"),

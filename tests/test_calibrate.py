@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from smartattn import calibrate as module
-from smartattn import grid, profile, samples, timing
+from smartattn import grid, profile, profiles, samples, timing
 from smartattn import measure as measuring
 from smartattn.backends import BACKENDS, Backend, Support
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request, calibrate
@@ -42,11 +42,11 @@ SMALL = Workload("forward", True, "left", "float32", 3, 20, 20, 4, 2, 16, 0, 0, 
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
-    profile.set_profile(None)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "data" / "profiles")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
+    profiles.set_profile(None)
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 @pytest.fixture
@@ -765,18 +765,18 @@ def test_a_calibration_keeps_its_budget_and_changes_decisions() -> None:
     long = replace(long, head_dim=64, padding_share=0.75)
     plan, call = long.plan(CPU), long.call(CPU)
     assert regime_of(plan, call) is not None
-    before = choose(plan, call, profile.profile_for(CPU), BACKENDS)
+    before = choose(plan, call, profiles.profile_for(CPU), BACKENDS)
     assert before.backend.name == "sdpa"
     progress: list[Progress] = []
     start = time.perf_counter()
     outcome = calibrate(quick(4.0), progress.append)
     assert time.perf_counter() - start < 8.0
-    profile.set_profile(None)
-    after = choose(plan, call, profile.profile_for(CPU), BACKENDS)
+    profiles.set_profile(None)
+    after = choose(plan, call, profiles.profile_for(CPU), BACKENDS)
     assert after.backend.name == "sdpa_unpadded"
     assert "fastest by profile" in after.reason
     assert outcome.profile == profile.load(outcome.path)
-    assert outcome.path.parent == profile.user_profiles()
+    assert outcome.path.parent == profiles.user_profiles()
     assert outcome.samples is not None
     head, taken = samples.load(outcome.samples)
     assert head.complete
@@ -869,8 +869,8 @@ def test_a_second_run_measures_only_if_needed(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("one_family")
 def test_the_second_of_two_waits() -> None:
-    lock = FileLock(profile.user_profiles().parent / "calibrate.lock")
-    profile.user_profiles().mkdir(parents=True)
+    lock = FileLock(profiles.user_profiles().parent / "calibrate.lock")
+    profiles.user_profiles().mkdir(parents=True)
     said = threading.Event()
     done = threading.Event()
 
@@ -1003,4 +1003,4 @@ def test_output_is_written_there_and_only_there(tmp_path: Path) -> None:
     outcome = calibrate(quick(1.5, output=tmp_path / "mine.json"))
     assert outcome.path == tmp_path / "mine.json"
     assert profile.load(outcome.path).device == identify(CPU)
-    assert not list(profile.user_profiles().glob("*.json"))
+    assert not list(profiles.user_profiles().glob("*.json"))

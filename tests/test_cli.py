@@ -14,7 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from smartattn import __version__, calibrate, cli, grid, machine, parallel, profile, samples
+from smartattn import (
+    __version__,
+    calibrate,
+    cli,
+    grid,
+    machine,
+    parallel,
+    profile,
+    profiles,
+    samples,
+)
 from smartattn.calibrate import CalibrationError, Outcome, Progress, Request
 
 CPU = torch.device("cpu")
@@ -23,13 +33,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "data" / "profiles")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
     # Tables are as wide as the terminal; nothing is to be cut off here.
     monkeypatch.setenv("COLUMNS", "200")
-    profile.set_profile(None)
+    profiles.set_profile(None)
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 @pytest.fixture
@@ -205,7 +215,7 @@ def test_calibrate_show_fit_and_list(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "unusable" in out
     # The folders once, so that files fit a terminal.
     assert f"yours: {path.parent}\n" in out
-    assert f"shipped: {profile.shipped_profiles()}\n" in out
+    assert f"shipped: {profiles.shipped_profiles()}\n" in out
     assert out.count(str(path.parent)) == 1
     assert f"in force for cpu ({identity}): {path.stem}, the user's own\n" in out
 
@@ -225,7 +235,7 @@ def test_show_without_a_profile_shows_the_rules_of_the_device(
     assert out.count("otherwise") == 2, "of both tables"
     for foreign in ("cuda", "36585", "h200", "flash_attention", "torch_varlen"):
         assert foreign not in out.lower()
-    default = str(profile.shipped_profiles() / "default.json")
+    default = str(profiles.shipped_profiles() / "default.json")
     assert cli.run(["show", "--profile", default]) == 0
     every = capsys.readouterr().out
     for said in ("on cuda, padded, from 3,000 keys on", "on cpu, padded", "36585", "h200"):
@@ -317,7 +327,7 @@ def test_show_says_why_a_profile_is_not_in_force(
         "device": {"kind": "cuda", "name": "NVIDIA Imaginary"},
     }
     (tmp_path / "p.json").write_text(json.dumps(foreign))
-    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "p.json"))
+    monkeypatch.setenv(profiles.ENVIRONMENT, str(tmp_path / "p.json"))
     assert cli.run(["show"]) == 0
     assert "measured on NVIDIA Imaginary" in capsys.readouterr().out
 
@@ -414,7 +424,7 @@ def test_several_gpus_are_reported_one_by_one(
 def test_a_profile_moves_from_machine_to_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = profile.load(profiles.shipped_profiles() / "nvidia-h200.json")
     sent = tmp_path / "sent"
     sent.mkdir()
     assert cli.run(["profiles", "export", "nvidia-h200", str(sent)]) == 0
@@ -427,28 +437,28 @@ def test_a_profile_moves_from_machine_to_machine(
         assert "no NVIDIA H200: the profile is kept, not used" in out
     # It is found for that device from now on, before the shipped one.
     assert shipped.device is not None
-    assert profile.find(shipped.device).profile == mine
+    assert profiles.find(shipped.device).profile == mine
     assert cli.run(["profiles", "import", str(sent / "mine.json")]) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.run(["profiles", "import", str(sent / "nvidia-h200.json"), "--force"]) == 0
-    assert profile.find(shipped.device).profile == shipped
+    assert profiles.find(shipped.device).profile == shipped
     assert cli.run(["profiles", "show", "nvidia-h200", "--map"]) == 0
     assert "how many times as fast a whole layer runs as with the next one" in (
         capsys.readouterr().out
     )
     assert cli.run(["profiles", "remove", "nvidia-h200"]) == 0
-    assert not list(profile.user_profiles().glob("*.json"))
-    assert profile.find(shipped.device).profile == shipped
+    assert not list(profiles.user_profiles().glob("*.json"))
+    assert profiles.find(shipped.device).profile == shipped
 
 
 def test_a_profile_of_no_device_is_not_imported(capsys: pytest.CaptureFixture[str]) -> None:
-    default = profile.shipped_profiles() / "default.json"
+    default = profiles.shipped_profiles() / "default.json"
     assert cli.run(["profiles", "import", str(default)]) == 2
     assert "names no device" in capsys.readouterr().err
 
 
 def test_show_draws_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = str(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = str(profiles.shipped_profiles() / "nvidia-h200.json")
     assert cli.run(["show", "--profile", shipped, "--map"]) == 0
     out = capsys.readouterr().out
     assert "decode, one query per sequence; batch 16, 16 heads of " in out

@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from smartattn import crossover, profile
+from smartattn import crossover, profile, profiles
 from smartattn.backends import BACKENDS
 from smartattn.cost import Cost
-from smartattn.explanation import explain
+from smartattn.explaining import explain
 from smartattn.machine import Device
 from smartattn.profile import Profile
 from smartattn.surroundings import Surroundings
@@ -84,9 +84,9 @@ ASKED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["nvidia-h200", "cpu-amd-epyc-2-threads"])
 def test_the_map_says_what_explain_says(name: str) -> None:
     """Of the same call, at every length: padding, and where keys lie, are the same."""
-    path = profile.shipped_profiles() / f"{name}.json"
+    path = profiles.shipped_profiles() / f"{name}.json"
     shipped = profile.load(path)
-    profile.set_profile(path)
+    profiles.set_profile(path)
     asked = 0
     try:
         for one in crossover.maps(shipped):
@@ -105,15 +105,15 @@ def test_the_map_says_what_explain_says(name: str) -> None:
                         asked += 1
                         assert before[-1].backend == cell.backend, (one.title, share, length)
     finally:
-        profile.set_profile(None)
+        profiles.set_profile(None)
     assert asked > 50
 
 
 @pytest.mark.parametrize("name", ["nvidia-h200", "cpu-amd-epyc-2-threads"])
 def test_thresholds_say_what_explain_says(name: str) -> None:
-    path = profile.shipped_profiles() / f"{name}.json"
+    path = profiles.shipped_profiles() / f"{name}.json"
     shipped = profile.load(path)
-    profile.set_profile(path)
+    profiles.set_profile(path)
     asked = 0
     try:
         for one in shipped.thresholds:
@@ -135,7 +135,7 @@ def test_thresholds_say_what_explain_says(name: str) -> None:
                 asked += 1
                 assert winner.backend == other.backend, (one.mode, one.layout, one.dtype, length)
     finally:
-        profile.set_profile(None)
+        profiles.set_profile(None)
     assert asked > 20
 
 
@@ -216,7 +216,7 @@ def test_the_map_prints_a_letter_per_winner() -> None:
 def test_a_lead_that_is_none_has_no_number() -> None:
     for speedup, says in ((None, ""), (1.0, ""), (1.049, ""), (1.06, " 1.1"), (12.0, " >9.9")):
         assert crossover._times(crossover.Cell("sdpa", speedup)) == says
-    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = profile.load(profiles.shipped_profiles() / "nvidia-h200.json")
     console = Console(record=True, width=120, file=io.StringIO())
     crossover.show(crossover.maps(shipped), console)
     text = console.export_text()
@@ -243,13 +243,13 @@ def test_there_is_a_colour_for_every_backend() -> None:
 
 
 def test_a_profile_of_rules_alone_has_no_map() -> None:
-    assert crossover.maps(Profile(name="rules", rules=profile.default_rules())) == []
+    assert crossover.maps(Profile(name="rules", rules=profiles.default_rules())) == []
 
 
 def test_the_picture_is_a_png_of_some_size(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "map.png"
-    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = profile.load(profiles.shipped_profiles() / "nvidia-h200.json")
     crossover.plot(crossover.maps(shipped), "NVIDIA H200", path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import smartattn
-from smartattn import cli, grid, profile
+from smartattn import cli, grid, profile, profiles
 
 from . import real_models
 from .test_examples import PRELUDE
@@ -79,7 +79,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: [family])
     limits = grid.Limits(512, 4096, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "data" / "profiles")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("The capital of France is\nA list of three colours:\n")
     if real_models.missing() is None:
@@ -92,7 +92,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         with pytest.MonkeyPatch.context() as patch:
             while re.match(r"\w+=", words[0]):
                 patch.setenv(*words.pop(0).split("=", 1))
-            profile.set_profile(None)
+            profiles.set_profile(None)
             command, *arguments = words
             assert command == "smartattn", f"{line!r}: say why it is not run"
             if arguments[0] == "calibrate":
@@ -104,7 +104,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             return cli.run(arguments)
 
     yield run
-    profile.set_profile(None)
+    profiles.set_profile(None)
     smartattn.configure()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from smartattn import cli, doctor, machine, profile
+from smartattn import cli, doctor, machine, profiles
 from smartattn.backends import BACKENDS, flash_attention_2
 from smartattn.backends.flash_attention_2 import FlashAttention2Backend
 from smartattn.backends.sdpa import SdpaBackend
@@ -21,12 +21,12 @@ from smartattn.plan import Plan
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "profiles")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "profiles")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    profile.set_profile(None)
+    profiles.set_profile(None)
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 def altered(change: Callable[[torch.Tensor], torch.Tensor], alter: str = "altered") -> Any:
@@ -192,8 +192,8 @@ def test_profiles_that_are_passed_over_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
-    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "broken.json"))
-    profile.set_profile(None)
+    monkeypatch.setenv(profiles.ENVIRONMENT, str(tmp_path / "broken.json"))
+    profiles.set_profile(None)
     assert cli.run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "broken.json cannot be used: not valid JSON" in out

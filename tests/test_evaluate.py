@@ -13,7 +13,8 @@ from smartattn.cost import LAYERS
 from smartattn.evaluate import Regret, always, by_mode, by_profile, cross_validated, judge, timings
 from smartattn.features import FEATURES, Kernel, features
 from smartattn.fit import fit_costs
-from smartattn.profile import Profile, default_rules
+from smartattn.profile import Profile
+from smartattn.profiles import default_rules
 from smartattn.samples import Sample
 from smartattn.workload import Workload
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import smartattn
-from smartattn import cli, machine, profile, workload
-from smartattn.explanation import Winner, explain
+from smartattn import cli, machine, profile, profiles, workload
+from smartattn.explaining import explain
+from smartattn.explanation import Winner
 from smartattn.stack_rule import StackRule, StackWhen
 from smartattn.units import format_us, span_us
 
@@ -27,12 +28,12 @@ COMMAND = ["explain", "--heads", "32", "--kv-heads", "8", "--head-dim", "128", "
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "profiles")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "profiles")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    profile.set_profile(None)
+    profiles.set_profile(None)
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 def cost(backend: str, **coefficients: float) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def crossing(tmp_path: Path) -> profile.Profile:
         )
     )
     profile.save(made, tmp_path / "crossing.json")
-    profile.set_profile(tmp_path / "crossing.json")
+    profiles.set_profile(tmp_path / "crossing.json")
     return made
 
 
@@ -261,7 +262,7 @@ def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -
 
 
 def test_calls_on_their_own_take_the_longer_of_host_and_device(tmp_path: Path) -> None:
-    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = profile.load(profiles.shipped_profiles() / "nvidia-h200.json")
     (tmp_path / "profiles").mkdir()
     alone = shipped.model_copy(update={"surroundings": None})
     profile.save(alone, tmp_path / "profiles" / "nvidia-h200.json")
@@ -421,7 +422,7 @@ def test_packages_that_a_profile_does_not_name_are_not_taken_to_be_there(tmp_pat
     assert "flash_attention_3" not in refused
     assert "and no others" in (answer.assumption or "")
     # One of before may have measured a FlashAttention-3 that it does not name.
-    shipped = profile.load(profile.shipped_profiles() / "nvidia-h200.json")
+    shipped = profile.load(profiles.shipped_profiles() / "nvidia-h200.json")
     assert shipped.versions is not None
     before = shipped.versions.model_copy(update={"fa3_fwd": None})
     (tmp_path / "profiles").mkdir()
@@ -533,8 +534,8 @@ def test_changed_versions_are_told_in_the_same_words_everywhere(
     crossing: profile.Profile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = crossing.model_copy(update={"versions": machine.Versions(torch="1.0")})
-    profile.save_for_user(made)
-    profile.set_profile(None)
+    profiles.save_for_user(made)
+    profiles.set_profile(None)
     now = machine.versions("cpu")
     sentence = machine.changed_since(machine.Versions(torch="1.0").differences(now))
     assert f"measured: torch 1.0 then, {now.torch} now, " in sentence
@@ -545,7 +546,7 @@ def test_changed_versions_are_told_in_the_same_words_everywhere(
 
 
 def test_a_device_of_this_machine_by_its_name(crossing: profile.Profile) -> None:
-    profile.save_for_user(crossing)
+    profiles.save_for_user(crossing)
     answer = explain(seq_len=64, device=str(crossing.device), **SIZES)
     assert answer.assumption is None
     # Its own backends are asked: no flash-attn for a CPU.
@@ -597,7 +598,7 @@ def packing(tmp_path: Path) -> None:
     )
     made = profile.Profile(name="packing", device=identity, padding_free=rules)
     profile.save(made, tmp_path / "packing.json")
-    profile.set_profile(tmp_path / "packing.json")
+    profiles.set_profile(tmp_path / "packing.json")
 
 
 #: 200 tokens, 100 of them padding.

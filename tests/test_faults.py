@@ -57,13 +57,13 @@ class Failing:
 @pytest.fixture
 def preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     """A profile whose rule prefers sdpa_unpadded."""
-    from smartattn import profile
+    from smartattn import profile, profiles
 
     rule = profile.Rule(prefer=("sdpa_unpadded",), because="this test says so")
     profile.save(profile.Profile(name="test", rules=(rule,)), tmp_path / "p.json")
-    profile.set_profile(tmp_path / "p.json")
+    profiles.set_profile(tmp_path / "p.json")
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 UNSUPPORTED = [

@@ -15,7 +15,8 @@ from smartattn.call import Call, Runner
 from smartattn.choose import Decision, Verdict
 from smartattn.first_use import FirstUses
 from smartattn.plan import Pattern, Plan
-from smartattn.profile import Profile, profile_for
+from smartattn.profile import Profile
+from smartattn.profiles import profile_for
 
 CPU = torch.device("cpu")
 CALL = Call(CPU, torch.float32, 2, 8, 8, 4, 4, 16, 16)

@@ -22,7 +22,7 @@ from smartattn.features import BEND_TERMS, FEATURES, Kernel, features, regime_of
 from smartattn.fit import fit_costs, fit_profile
 from smartattn.least_squares import nonnegative_least_squares, relative_fit
 from smartattn.machine import Device, Versions
-from smartattn.profile import default_rules
+from smartattn.profiles import default_rules
 from smartattn.samples import Header, Sample
 from smartattn.surroundings import Surroundings
 from smartattn.thresholds import thresholds

@@ -478,7 +478,7 @@ def test_the_trace_of_a_model_is_plain_data() -> None:
 
 def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> None:
     """The plan of a None mask is shared by all forwards of one shape, so it must not grow."""
-    from smartattn import integration, profile
+    from smartattn import integration, profiles
     from smartattn.plan import Pattern
     from smartattn.shared_plans import shared_plan
 
@@ -488,12 +488,12 @@ def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> No
         with smartattn.trace():
             integration.smart_attention(layer, *states, None)
     device = torch.device("cpu")
-    in_force = profile.profile_for(device)
+    in_force = profiles.profile_for(device)
     plan = shared_plan(1, 6, 6, Pattern.BIDIRECTIONAL, device)
     assert 0 < len(plan.decisions) <= integration._MAX_CHOICES
     try:
-        profile.set_profile(None)
-        assert profile.profile_for(device) is not in_force
+        profiles.set_profile(None)
+        assert profiles.profile_for(device) is not in_force
         with smartattn.trace() as trace:
             integration.smart_attention(layer, *states, None)
         assert len(trace.rows) == 1
@@ -501,4 +501,4 @@ def test_a_none_mask_remembers_few_choices_and_asks_the_profile_in_force() -> No
         assert fresh is not plan
         assert len(fresh.decisions) == 1
     finally:
-        profile.set_profile(None)
+        profiles.set_profile(None)

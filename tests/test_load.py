@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import smartattn
-from smartattn import machine, profile, samples
+from smartattn import machine, profile, profiles, samples
 
 from .agreement import MASKS, WIDTH, assert_agree, output_of, run
 from .tiny_models import tiny_model, token_ids
@@ -37,7 +37,7 @@ import logging, sys, torch
 torch.set_num_threads(1)
 logging.basicConfig(level="WARNING")
 import smartattn
-from smartattn.profile import profile_for
+from smartattn.profiles import profile_for
 from tests.agreement import MASKS, WIDTH, output_of
 from tests.tiny_models import tiny_model, token_ids
 model = tiny_model("llama", "smart")
@@ -192,7 +192,7 @@ FORK = (
     SERVE
     + """
 import os, threading
-from smartattn import control, profile
+from smartattn import control, profile, profiles
 expected = forward()
 children = []
 held = threading.Event()
@@ -200,7 +200,7 @@ def hold(lock):
     with lock:
         held.set()
         threading.Event().wait()
-for lock in (profile._lock, control._lock):
+for lock in (profiles._lock, control._lock):
     held.clear()
     threading.Thread(target=hold, args=(lock,), daemon=True).start()
     held.wait()
@@ -208,7 +208,7 @@ for number in range(4):
     child = os.fork()
     if child == 0:
         # Locks that another thread held in the parent must be open here.
-        profile.set_profile(None)
+        profiles.set_profile(None)
         smartattn.configure(backends=["sdpa"] if number % 2 else None)
         os._exit(0 if forward() == expected else 1)
     children.append(child)
@@ -272,12 +272,12 @@ def test_a_profile_is_replaced_while_a_server_runs(tmp_path: Path) -> None:
         else:
             profile.save(profile.Profile(name=f"p{number}", rules=(rules[number % 2],)), path)
         if number % 3:
-            profile.set_profile(path)
+            profiles.set_profile(path)
 
     try:
         reasons = serve_while(act)
     finally:
-        profile.set_profile(None)
+        profiles.set_profile(None)
     used = {name for name in ("prefers sdpa", "prefers sdpa_unpadded") if name in str(reasons)}
     assert used == {"prefers sdpa", "prefers sdpa_unpadded"}, reasons
     assert any("profile default" in reason for reason in reasons)

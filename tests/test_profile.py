@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from smartattn import machine, profile
+from smartattn import machine, profiles
 from smartattn.backends import BACKENDS
 from smartattn.call import Call
 from smartattn.choose import choose
 from smartattn.cost import MAX_EXTRAPOLATION
 from smartattn.features import FEATURES, features, regime_of
 from smartattn.plan import Pattern, Plan
-from smartattn.profile import Profile, ProfileError, find, load, profile_for, save, set_profile
+from smartattn.profile import Profile, ProfileError, load, save
+from smartattn.profiles import find, profile_for, set_profile
 
 CPU = torch.device("cpu")
 HERE = machine.identify(CPU)
@@ -92,8 +93,8 @@ def write(path: Path, data: Any) -> Path:
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every test has folders of its own and leaves no profile in force."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "user")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "user")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
     set_profile(None)
     yield
     set_profile(None)
@@ -277,13 +278,13 @@ def test_unknown_backends_of_a_good_profile_are_ignored(tmp_path: Path) -> None:
 def test_order_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert HERE is not None
     shipped = tmp_path / "shipped"
-    monkeypatch.setattr(profile, "shipped_profiles", lambda: shipped)
+    monkeypatch.setattr(profiles, "shipped_profiles", lambda: shipped)
     argument = write(tmp_path / "argument.json", content(name="argument"))
     variable = write(tmp_path / "variable.json", content(name="variable"))
     own = write(own_path(tmp_path), content(name="own"))
     for_gpu = write(shipped / f"{HERE.slug}.json", content(name="shipped"))
     default = write(shipped / "default.json", {**content(name="default"), "device": None})
-    monkeypatch.setenv(profile.ENVIRONMENT, str(variable))
+    monkeypatch.setenv(profiles.ENVIRONMENT, str(variable))
     steps = [
         (argument, "argument"),
         (variable, "variable"),
@@ -300,7 +301,7 @@ def test_order_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if path == argument:
             given = None
         if path == variable:
-            monkeypatch.delenv(profile.ENVIRONMENT)
+            monkeypatch.delenv(profiles.ENVIRONMENT)
     last = find(HERE, given)
     assert (last.profile.name, last.profile.costs, last.profile.rules) == ("empty", (), ())
 
@@ -309,7 +310,7 @@ def test_the_first_use_says_which_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = write(tmp_path / "bad.json", "{")
-    monkeypatch.setenv(profile.ENVIRONMENT, str(bad))
+    monkeypatch.setenv(profiles.ENVIRONMENT, str(bad))
     own = write(own_path(tmp_path), content(name="own"))
     with caplog.at_level(logging.INFO, "smartattn"):
         for _ in range(3):
@@ -347,8 +348,8 @@ def test_looked_up_once_per_device_by_many_threads(
 ) -> None:
     write(own_path(tmp_path), content())
     calls = []
-    real = profile.find
-    monkeypatch.setattr(profile, "find", lambda *a: (calls.append(a), real(*a))[1])
+    real = profiles.find
+    monkeypatch.setattr(profiles, "find", lambda *a: (calls.append(a), real(*a))[1])
     found = []
     start = threading.Barrier(8)
 
@@ -370,8 +371,8 @@ def test_each_device_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         torch.device("cuda", n): machine.Device(kind="cuda", name=f"GPU {n}", capability="9.0")
         for n in range(2)
     }
-    monkeypatch.setattr(profile, "identify", lambda device: gpus[device])
-    monkeypatch.setattr(profile, "versions", lambda kind: machine.Versions())
+    monkeypatch.setattr(profiles, "identify", lambda device: gpus[device])
+    monkeypatch.setattr(profiles, "versions", lambda kind: machine.Versions())
     for gpu in gpus.values():
         path = tmp_path / "user" / f"{gpu.slug}.json"
         write(path, content(name=gpu.name, device=gpu.model_dump(exclude_none=True)))
@@ -395,7 +396,7 @@ def test_set_profile_takes_effect_at_once(tmp_path: Path) -> None:
 
 
 def test_shipped_profiles_are_found_and_valid() -> None:
-    folder = profile.shipped_profiles()
+    folder = profiles.shipped_profiles()
     assert (folder / "default.json").is_file()
     for path in folder.glob("*.json"):
         found = load(path)
@@ -405,7 +406,7 @@ def test_shipped_profiles_are_found_and_valid() -> None:
 
 
 def test_default_rules() -> None:
-    default = load(profile.shipped_profiles() / "default.json")
+    default = load(profiles.shipped_profiles() / "default.json")
     assert not default.costs
 
     def first(plan: Plan, device: str) -> str:
@@ -641,11 +642,11 @@ def test_a_saved_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_saving_for_the_user_is_found_again(tmp_path: Path) -> None:
-    path = profile.save_for_user(Profile.model_validate_json(json.dumps(content())))
+    path = profiles.save_for_user(Profile.model_validate_json(json.dumps(content())))
     assert path == own_path(tmp_path)
     assert profile_for(CPU).name == "mine"
     with pytest.raises(ValueError, match="device"):
-        profile.save_for_user(Profile(name="of nothing"))
+        profiles.save_for_user(Profile(name="of nothing"))
 
 
 # -- identity ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks import regret
 
-from smartattn import evaluate, grid, profile, samples
+from smartattn import evaluate, grid, profile, profiles, samples
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "calibration" / "samples" / "nvidia-h200-default.safetensors"
@@ -40,7 +40,7 @@ def test_calls_are_of_all_kinds_and_on_no_grid() -> None:
 def test_it_measures_keeps_and_judges_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "profiles")
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "profiles")
     small = grid.Limits(64, 256, 1e7, 1e8, max_batch=4)
     monkeypatch.setattr(regret, "limits", lambda kind, mode, memory: small)
     monkeypatch.setattr(regret, "SECONDS", 0.01)
@@ -85,7 +85,7 @@ def test_a_device_that_cannot_be_used() -> None:
 def test_two_profiles_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = profile.shipped_profiles() / "nvidia-h200.json"
+    own = profiles.shipped_profiles() / "nvidia-h200.json"
     made = profile.load(own)
     # One that expects FlashAttention-2 to be four times as fast as it is.
     costs = [
@@ -147,7 +147,7 @@ def test_what_going_by_timings_of_another_time_loses() -> None:
     (agreed,) = regret.agreements_of_timings(taken, taken, device, None).values()
     assert (agreed.calls, agreed.same, agreed.mean_loss) == (len(same), 1.0, 0.0)
     found = regret.agreements_of_timings(
-        taken, earlier[: len(earlier) // 2], device, profile.profile_for(device).surroundings
+        taken, earlier[: len(earlier) // 2], device, profiles.profile_for(device).surroundings
     )
     assert found["alone"].calls == len(judged)
     assert found["alone"].same < 0.9

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
-from smartattn import profile, shared_plans
+from smartattn import profiles, shared_plans
 from smartattn.backends import base
 from smartattn.backends.sdpa import SdpaBackend
 from smartattn.call import Call, Runner
@@ -254,11 +254,11 @@ def test_another_profile_and_ended_quarantines_bring_another(
 ) -> None:
     before = shared_plan(1, 8, 8, Pattern.CAUSAL, CPU)
     try:
-        profile.set_profile(None)
+        profiles.set_profile(None)
         changed = shared_plan(1, 8, 8, Pattern.CAUSAL, CPU)
         assert changed is not before
     finally:
-        profile.set_profile(None)
+        profiles.set_profile(None)
     monkeypatch.setattr(base, "_changes", base.changes() + 1)
     assert shared_plan(1, 8, 8, Pattern.CAUSAL, CPU) not in (before, changed)
 

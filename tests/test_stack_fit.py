@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import smartattn
 from smartattn import calibrate as module
-from smartattn import cli, grid, profile, samples, stack_measure
+from smartattn import cli, grid, profile, profiles, samples, stack_measure
 from smartattn.calibrate import Outcome, Progress, Request, calibrate
 from smartattn.machine import Device, Versions
 from smartattn.samples import Header, StackSample
@@ -328,8 +328,8 @@ def test_batches_of_one_share_of_padding_are_counted_together() -> None:
 
 def test_the_default_says_what_is_in_the_data() -> None:
     """Both conventions, "times as fast" and "takes longer", and the bound of each rule."""
-    data = profile.shipped_profiles().parents[1] / "docs" / "data"
-    rules = {rule.when.device: rule for rule in profile.default_stack_rules()}
+    data = profiles.shipped_profiles().parents[1] / "docs" / "data"
+    rules = {rule.when.device: rule for rule in profiles.default_stack_rules()}
     cpu = json.loads((data / "cpu_padding_free.json").read_text())["rows"]
     ratios = {"cpu": [(one["spared_work"], one["padding_share"], one["ratio"]) for one in cpu]}
     ratios["cuda"] = []
@@ -457,8 +457,8 @@ def test_batches_beyond_time_or_memory_are_not_begun(monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few kinds of small calls, more than there is time for, and no profile of before."""
-    monkeypatch.setattr(profile, "user_profiles", lambda: tmp_path / "data" / "profiles")
-    monkeypatch.delenv(profile.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(profiles, "user_profiles", lambda: tmp_path / "data" / "profiles")
+    monkeypatch.delenv(profiles.ENVIRONMENT, raising=False)
     families = [
         grid.Family("forward", causal, ("left", "right"), "float32", head_dim)
         for causal in (False, True)
@@ -467,9 +467,9 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setattr(grid, "families", lambda kind, mode, varlen: families)
     limits = grid.Limits(256, 2048, 1e8, 1e8, max_batch=16)
     monkeypatch.setattr(grid, "limits", lambda kind, mode, memory: limits)
-    profile.set_profile(None)
+    profiles.set_profile(None)
     yield
-    profile.set_profile(None)
+    profiles.set_profile(None)
 
 
 class Timer:
@@ -486,7 +486,7 @@ class Timer:
         self.made.append(self)
 
     def run(self) -> None:
-        self.profile = profile.profile_for(CPU)
+        self.profile = profiles.profile_for(CPU)
         self.report("stacks")
         self.samples.append(sample(0.5, 26, 1.5))
         if self.failure is not None:
@@ -519,7 +519,7 @@ def test_stacks_get_a_tenth_of_the_budget_and_at_most_ten_seconds(
 
 def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer]) -> None:
     """And the choice of plain smart is that of this profile, of which nothing is left behind."""
-    before = profile.profile_for(CPU)
+    before = profiles.profile_for(CPU)
     steps: list[Progress] = []
     start = time.monotonic()
     outcome = calibrate(Request(CPU, mode="quick", budget=6.0), steps.append)
@@ -529,7 +529,7 @@ def test_stacks_come_last_under_the_profile_that_was_just_made(timer: type[Timer
     assert made.profile is not None
     assert made.profile.costs == outcome.profile.costs
     assert made.profile.padding_free == ()
-    assert profile.profile_for(CPU) is before
+    assert profiles.profile_for(CPU) is before
     doing = [step.doing for step in steps]
     assert doing[-3:] == ["fitting", "stacks", "saving"]
     assert [step.elapsed for step in steps] == sorted(step.elapsed for step in steps)
@@ -558,7 +558,7 @@ def test_without_time_the_default_rules_hold(
     assert timer.made == []
     assert "no time of 2 s was left" in (outcome.unmeasured or "")
     assert outcome.profile.padding_free == ()
-    assert {rule.when.device for rule in profile.stack_rules(outcome.profile)} == {"cpu", "cuda"}
+    assert {rule.when.device for rule in profiles.stack_rules(outcome.profile)} == {"cpu", "cuda"}
 
 
 def test_a_stack_that_fails_does_not_end_the_calibration(timer: type[Timer]) -> None:
@@ -575,7 +575,7 @@ def test_ctrl_c_keeps_the_stacks_for_the_next_run(timer: type[Timer]) -> None:
     timer.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         quick(6.0)
-    (raw,) = (profile.user_profiles().parent / "samples").glob("*.safetensors")
+    (raw,) = (profiles.user_profiles().parent / "samples").glob("*.safetensors")
     assert len(samples.load_stacks(raw)) == 1
     assert not samples.load(raw)[0].complete
     timer.failure = None
@@ -597,7 +597,7 @@ def test_a_real_calibration_ends_with_rules_for_stacks(
     out = " ".join(capsys.readouterr().out.split())
     assert "measured on" in out
     assert "padding_free" in out
-    rules = profile.stack_rules(profile.load(next(profile.user_profiles().glob("*.json"))))
+    rules = profiles.stack_rules(profile.load(next(profiles.user_profiles().glob("*.json"))))
     assert not rules[-1].pack
 
 

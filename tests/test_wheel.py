@@ -31,7 +31,7 @@ import torch
 import transformers
 
 import smartattn
-from smartattn.profile import find, shipped_profiles
+from smartattn.profiles import find, shipped_profiles
 
 package = pathlib.Path(smartattn.__file__).parent
 print("package", package)

@@ -36,7 +36,8 @@ _check_transformers()
 from .backends.base import end_quarantine  # noqa: E402
 from .choose import Decision, UnsupportedCallError, Verdict  # noqa: E402
 from .control import configure, trace, use  # noqa: E402
-from .explanation import Explanation, explain  # noqa: E402
+from .explaining import explain  # noqa: E402
+from .explanation import Explanation  # noqa: E402
 from .integration import register  # noqa: E402
 from .log import follow_transformers  # noqa: E402
 from .padding_free import padded, padding_free  # noqa: E402

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from . import grid, profile, samples
+from . import grid, profile, profiles, samples
 from .backends import BACKENDS, Backend
 from .fit import fit_profile
 from .grid import RunMode
@@ -119,12 +119,12 @@ Report = Callable[[Progress], None]
 
 def default_path(device: Device) -> Path:
     """Where the profile of a device goes if nobody says."""
-    return profile.user_profiles() / f"{device.slug}.json"
+    return profiles.user_profiles() / f"{device.slug}.json"
 
 
 def samples_path(device: Device, mode: RunMode) -> Path:
     """Where the raw samples of a device are kept."""
-    return profile.user_profiles().parent / "samples" / f"{device.slug}-{mode}.safetensors"
+    return profiles.user_profiles().parent / "samples" / f"{device.slug}-{mode}.safetensors"
 
 
 def current(request: Request, identity: Device) -> Profile | None:
@@ -209,8 +209,8 @@ def _check_writable(path: Path, *, make_folder: bool) -> None:
 @contextmanager
 def alone(waiting: Callable[[], None]) -> Iterator[None]:
     """Holds the machine's lock for calibrations; ``waiting`` is called if another one has it."""
-    profile.user_profiles().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(profile.user_profiles().parent / "calibrate.lock")
+    profiles.user_profiles().parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(profiles.user_profiles().parent / "calibrate.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -315,7 +315,7 @@ class _Sweep:
         """
         taken = self.taken
         header = self._header(self.seconds, complete=True)
-        made = fit_profile(header, taken, profile.default_rules(), self.raw.name)
+        made = fit_profile(header, taken, profiles.default_rules(), self.raw.name)
         if not made.thresholds:
             reasons = "".join(f"; {name} {why}" for name, why in self.excluded.items())
             raise CalibrationError(
@@ -348,7 +348,7 @@ class _Sweep:
         timer = StackTimer(device, seconds, report, self.stacks)
         problem, complete = None, True
         try:
-            with profile.in_force(made, device):
+            with profiles.in_force(made, device):
                 timer.run()
         except Exception as error:
             # Of a model or a kernel: backends are judged by their own samples.
@@ -373,13 +373,13 @@ class _Sweep:
                 "padding_free": fit_stack_rules(
                     self.stacks,
                     self._header(self.seconds, complete=True),
-                    profile.default_stack_rules(),
+                    profiles.default_stack_rules(),
                 ),
                 "run": made.run.model_copy(update={"seconds": round(self.seconds, 1)}),
             }
         )
         if path == default_path(self.identity):
-            profile.save_for_user(made)
+            profiles.save_for_user(made)
         else:
             profile.save(made, path)
         spreads = sorted(sample.device_spread for sample in taken if sample.status == "ok")

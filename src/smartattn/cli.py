@@ -296,8 +296,9 @@ def fit(
     ] = None,
 ) -> None:
     """Make the profile again from raw samples. Needs no GPU."""
-    from . import profile as profiles
+    from . import profiles
     from .fit import fit_profile
+    from .profile import save
     from .samples import SamplesError, load, load_stacks
 
     try:
@@ -312,7 +313,7 @@ def fit(
         if output is None:
             output = profiles.save_for_user(made)
         else:
-            profiles.save(made, output)
+            save(made, output)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
     console = Console()

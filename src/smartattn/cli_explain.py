@@ -58,7 +58,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say what would be chosen for one attention call, and why. Runs nothing."""
-    from .explanation import explain as explained
+    from .explaining import explain as explained
 
     try:
         answer = explained(

@@ -27,7 +27,8 @@ _Force = Annotated[bool, typer.Option("--force", help="Replace a file that exist
 @profiles_app.command("list")
 def list_profiles() -> None:
     """List the user's own and the shipped profiles."""
-    from .profile import ProfileError, find, load, shipped_profiles, user_profiles
+    from .profile import ProfileError, load
+    from .profiles import find, shipped_profiles, user_profiles
 
     console = Console()
     # The name is what other commands are given.
@@ -90,7 +91,8 @@ def import_profile(
     force: _Force = False,
 ) -> None:
     """Take over a profile as the user's own for the device that it was measured on."""
-    from .profile import ProfileError, load, user_profiles
+    from .profile import ProfileError, load
+    from .profiles import user_profiles
 
     try:
         found = load(file)
@@ -112,7 +114,7 @@ def import_profile(
 @profiles_app.command("remove")
 def remove_profile(name: _Name) -> None:
     """Remove a profile of the user's own; the raw samples stay."""
-    from .profile import user_profiles
+    from .profiles import user_profiles
 
     path = _found(name)[0]
     if path.parent.resolve() != user_profiles().resolve():
@@ -137,7 +139,8 @@ def _here() -> list[tuple[str, Device | None]]:
 
 def _found(name: str) -> tuple[Path, Profile]:
     """The file of a profile and what it holds: the user's own before the shipped one."""
-    from .profile import ProfileError, load, shipped_profiles, user_profiles
+    from .profile import ProfileError, load
+    from .profiles import shipped_profiles, user_profiles
 
     path = Path(name)
     if path.suffix != ".json":

@@ -51,7 +51,7 @@ def show(
     import torch
 
     from .machine import changed_since, identify, versions
-    from .profile import find
+    from .profiles import find
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     drawn = False
@@ -98,7 +98,7 @@ def _plot(profile: Profile, path: Path, console: Console) -> None:
 
 def _print_profile(profile: Profile, console: Console, crossover: bool, kind: str | None) -> None:
     """Prints what a profile says of one kind of device; of any if that is None."""
-    from .profile import stack_rules
+    from .profiles import stack_rules
 
     if profile.device is not None:
         made = f", {profile.run.mode} run, {profile.run.samples} samples" if profile.run else ""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import profile as profiles
+from . import profiles
 from .backends import BACKENDS, Backend
 from .machine import changed_since, driver_version, identify, versions
 from .measure import runner

@@ -25,7 +25,8 @@ from .features import (
 from .grid import FEWEST
 from .least_squares import FloatArray, outlier_weights, relative_fit
 from .plan import Plan
-from .profile import Profile, Rule, Run, default_stack_rules
+from .profile import Profile, Rule, Run
+from .profiles import default_stack_rules
 from .samples import Header, Sample, StackSample
 from .stack_fit import fit_stack_rules
 from .thresholds import thresholds

@@ -38,7 +38,7 @@ from .mask import PlanMask
 from .masking import additive, smart_mask
 from .packing import lies_by_token, where_keys_lie
 from .plan import Pattern, Plan
-from .profile import profile_for
+from .profiles import profile_for
 from .record import Trace
 from .shared_plans import capturing, shared_plan
 

@@ -16,7 +16,7 @@ import torch
 from .backends.base import changes
 from .control import Settings
 from .plan import Pattern, Plan
-from .profile import profile_for
+from .profiles import profile_for
 
 #: Plans that are remembered. What they keep on the device is small: where sequences begin.
 _MOST = 256

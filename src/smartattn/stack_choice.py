@@ -14,7 +14,8 @@ from .choose import Chooser, UnsupportedCallError
 from .control import Settings
 from .packed_stack import Packing, argument_refusal
 from .plan import Padding, Plan
-from .profile import Profile, profile_for, stack_rules
+from .profile import Profile
+from .profiles import profile_for, stack_rules
 from .stack_rule import StackRule, StackWhen, stack_rule
 from .stacks import Head, Stack
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import profile as profiles
+from . import profiles
 from .backends import Backend
 from .call import Call
 from .machine import DEVICE_NAMES, Device, identify
 from .plan import Plan
-from .profile import Found, ProfileError
+from .profile import ProfileError, load
+from .profiles import Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def known_devices() -> dict[str, Device]:
     for folder in (profiles.user_profiles(), profiles.shipped_profiles()):
         for path in sorted(folder.glob("*.json")):
             try:
-                device = profiles.load(path).device
+                device = load(path).device
             except ProfileError:
                 continue
             if device is not None:

@@ -52,7 +52,7 @@ _APART_HEAD, _APART_KEYS = 64, 2048
 _LEFT_OUT_KEYS, _LEFT_OUT_SHARE = 1024, 0.125
 
 
-#: What the package fa3-fwd is built without. Source: its description on PyPI.
+#: What the package fa3-fwd is built without. Source: its own description.
 _LACKED = frozenset({"float16", "window"})
 
 
