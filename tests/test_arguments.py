@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bart.modeling_bart import BartAttention
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import smartattn
+from smartattn import integration
 from smartattn.arguments import is_self_attention
+from smartattn.call import Call
 from smartattn.integration import smart_attention
 from smartattn.mask import PlanMask
+from smartattn.masking import smart_mask
 from smartattn.plan import Pattern, Plan
 
 from .agreement import (
@@ -371,6 +375,65 @@ def test_autocast(name: str) -> None:
         for backends in (None, "sdpa", ("sdpa_unpadded", "sdpa")):
             actual = run(model, "smart", backends, **inputs)[real]
             assert relative_error(actual, wide) <= 2 * own_error
+
+
+def test_calls_under_autocast_are_of_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA and matrix products compute in it whatever they are handed, so flash kernels may."""
+    asked: list[Call] = []
+    make = integration._call
+
+    def note(*arguments: Any) -> Call:
+        asked.append(make(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(integration, "_call", note)
+    inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS["left"]}
+    half = torch.bfloat16
+    for dtype, lower, expected in (
+        (torch.float32, half, half),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float64, half, torch.float64),
+        (torch.float32, None, torch.float32),
+    ):
+        model = tiny_model("llama", dtype=dtype)
+        asked.clear()
+        with torch.autocast("cpu", lower or half, enabled=lower is not None):
+            model.set_attn_implementation("smart")
+            if dtype is torch.float64:
+                layer = model.model.layers[0].self_attn
+                states = [torch.randn(2, n, 8, 8, dtype=dtype) for n in (4, 2, 2)]
+                integration.smart_attention(layer, *states, None)
+            else:
+                model(**inputs)
+        assert [call.dtype for call in asked] == [expected] * len(asked)
+        assert asked
+        assert not any("mixed dtypes" in call.features for call in asked)
+
+
+def test_gradients_under_autocast_reach_what_was_handed_over() -> None:
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    given = [torch.randn(2, n, 8, 8, requires_grad=True) for n in (4, 2, 2)]
+    grads = {}
+    for name, attend in (("smart", integration.smart_attention), ("sdpa", sdpa_attention_forward)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = attend(layer, *given, None, is_causal=True)
+        assert output.dtype == torch.bfloat16
+        grads[name] = torch.autograd.grad(output.float().square().sum(), given)
+    for grad, other in zip(grads["smart"], grads["sdpa"], strict=True):
+        assert grad.dtype == torch.float32
+        assert_agree(grad, other, tolerance=2e-2)
+
+
+@torch.no_grad()
+def test_a_value_of_another_dtype_is_another_call() -> None:
+    """Even under one mask, in layers that are alike otherwise."""
+    layer = tiny_model("llama", "smart", dtype=torch.bfloat16).model.layers[0].self_attn
+    mask = smart_mask(2, 8, 8)
+    query, key, value = (torch.randn(2, n, 8, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
+    integration.smart_attention(layer, query, key, value, mask)
+    with pytest.raises(RuntimeError, match="dtype"):
+        integration.smart_attention(layer, query, key, value.float(), mask)
+    assert len(mask.plan.decisions) == 2
 
 
 @pytest.mark.parametrize("gradients", [False, True])

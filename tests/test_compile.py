@@ -9,13 +9,24 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    BloomConfig,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+    StaticCache,
+    XGLMConfig,
+)
 from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
+from smartattn.integration import smart_attention
+from smartattn.modeling import made_for_sdpa
 
 from .agreement import CACHE, MASKS, WIDTH, assert_agree, output_of, run, set_implementation, spans
-from .tiny_models import PAD, tiny_model, token_ids
+from .tiny_models import PAD, from_config, tiny_model, token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -312,3 +323,78 @@ def test_the_default_compiler(name: str) -> None:
     with torch.no_grad():
         actual = output_of(torch.compile(model, fullgraph=True)(**inputs))
     assert_agree(actual, expected, where=MASKS["left"])
+
+
+# -- models whose code does not know sdpa ----------------------------------------------------------
+
+
+def without_sdpa(name: str) -> PreTrainedModel:
+    """One that adds every mask it is given, and takes None for none at all."""
+    small = {"vocab_size": 100, "pad_token_id": PAD}
+    if name == "bloom":
+        config = BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4)
+        return from_config("BloomForCausalLM", config)
+    sizes = {"d_model": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4}
+    return from_config("XGLMForCausalLM", XGLMConfig(**small, **sizes))
+
+
+@pytest.mark.parametrize("padding", [None, "left", "holes"])
+@pytest.mark.parametrize("name", ["bloom", "xglm"])
+@torch.no_grad()
+def test_models_without_sdpa_keep_their_masks_in_a_graph(name: str, padding: str | None) -> None:
+    mask = None if padding is None else MASKS[padding]
+    inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": mask, "use_cache": False}
+    model = without_sdpa(name)
+    expected = run(model, "eager", **inputs)
+    set_implementation(model, "smart")
+    compiled = torch.compile(model, backend="eager")
+    assert_agree(output_of(compiled(**inputs)), expected, where=mask)
+
+
+def test_which_code_knows_sdpa() -> None:
+    known = small_model("llama").model.layers[0].self_attn
+    assert made_for_sdpa(LlamaConfig)
+    assert made_for_sdpa(type(known))
+    # Of the code of these, which has to be there to be asked.
+    layer = without_sdpa("xglm").model.layers[0].self_attn
+    without_sdpa("bloom")
+    assert not made_for_sdpa(BloomConfig)
+    assert not made_for_sdpa(XGLMConfig)
+    assert made_for_sdpa(dict)
+    # A layer of a model without sdpa that has no mask hides nothing, whatever it says of itself.
+    layer.is_causal = True
+    states = [torch.randn(2, 4, 8, 8) for _ in range(3)]
+    compiled = torch.compile(smart_attention, backend="eager")
+    expected = sdpa_attention_forward(layer, *states, None, is_causal=False)[0]
+    assert_agree(compiled(layer, *states, None)[0], expected)
+    expected = sdpa_attention_forward(known, *states, None, is_causal=True)[0]
+    assert_agree(compiled(known, *states, None)[0], expected)
+
+
+# -- torch.jit.trace -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert", "xglm"])
+@torch.no_grad()
+def test_traced_models(name: str, masked: bool) -> None:
+    model = without_sdpa(name) if name == "xglm" else small_model(name)
+    ids, mask = token_ids(3, WIDTH), MASKS["left"]
+    given = (ids, mask) if masked else (ids,)
+    model.config.use_cache = False
+    expected = run(model, "eager", input_ids=ids, attention_mask=mask if masked else None)
+    set_implementation(model, "smart")
+    traced = torch.jit.trace(_First(model), given, check_trace=False)
+    assert_agree(traced(*given), expected, where=mask if masked else None)
+
+
+class _First(torch.nn.Module):
+    """A trace returns tensors alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return output_of(self.model(*given))

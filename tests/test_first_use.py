@@ -272,3 +272,22 @@ def test_what_is_carried_out_anyway_is_built(profile: Profile) -> None:
     other = replace(CALL, q_len=9)
     first.take(decide(profile, build_us=0.0), plan(9), other)
     assert bound(first, decide(profile), plan(9), other)[0].backend is READY
+
+
+def test_what_is_ready_is_asked_without_counting(profile: Profile) -> None:
+    first = FirstUses((BUILT, READY, SLOW))
+    for _ in range(100):
+        assert first.ready(decide(profile), plan(), CALL).backend is READY
+    READY.refuses = True
+    try:
+        assert first.ready(decide(profile), plan(), CALL).backend is SLOW
+    finally:
+        READY.refuses = False
+    # Nothing was lost by it, and nothing is taken for built.
+    chosen, run = bound(first, decide(profile), plan(), CALL)
+    assert chosen.backend is READY
+    assert uses(run, 9) == ["ready"] * 9
+    first.take(decide(profile), plan(), CALL)
+    assert first.ready(decide(profile), plan(), CALL).backend is BUILT
+    # Where nothing else is known, the decision stands.
+    assert first.ready(decide(profile, known=False), plan(16), CALL).backend is BUILT

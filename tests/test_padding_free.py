@@ -1163,3 +1163,19 @@ def test_a_hook_that_torch_has_half_registered_does_nothing() -> None:
     with padding_free(model, always=True):
         hooks = vars(model)[module._ATTRIBUTE]
         assert hooks._before_layer(model.model.layers[0], (IDS,)) is None
+
+
+@pytest.mark.parametrize("how", ["compile", "forward"])
+@torch.no_grad()
+def test_layers_that_are_compiled_by_themselves_stay_padded(how: str) -> None:
+    model = tiny_model("llama", "smart")
+    expected = model(input_ids=IDS, attention_mask=LEFT).logits
+    layer = model.model.layers[1]
+    if how == "compile":
+        layer.compile(backend="eager")
+    else:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    with padding_free(model, always=True), smartattn.trace() as trace:
+        found = model(input_ids=IDS, attention_mask=LEFT).logits
+    assert_agree(found, expected, where=LEFT)
+    assert "a layer is compiled by itself" in trace.stacks[0].reason

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ from smartattn.call import Call, Runner
 from smartattn.choose import Chooser
 from smartattn.control import DEFAULT
 from smartattn.first_use import FirstUses
-from smartattn.integration import _Choice, smart_attention
+from smartattn.integration import _Choice, _choice, smart_attention
 from smartattn.mask import PlanMask
 from smartattn.masking import smart_mask
 from smartattn.plan import Pattern, Plan
@@ -415,3 +417,70 @@ def test_masks_in_graphs_that_hide_nothing() -> None:
 def test_nothing_is_recorded_on_a_cpu() -> None:
     assert not shared_plans.capturing(IDS)
     assert not shared_plans.capturing_on(CPU)
+
+
+# -- masks of a caller's own -----------------------------------------------------------------------
+
+
+def given_plans(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, layers: int = 3) -> list[Any]:
+    """The plans under which layers with one mask choose; each answer is compared with sdpa's."""
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    found: list[Plan] = []
+
+    def kept(*arguments: Any, **more: Any) -> Any:
+        found.append(arguments[4])
+        return _choice(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smartattn.integration._choice", kept)
+        for seed in range(layers):
+            torch.manual_seed(seed)
+            states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
+            expected = sdpa_attention_forward(layer, *states, mask)[0]
+            assert_agree(smart_attention(layer, *states, mask)[0], expected)
+    return found
+
+
+def own_mask() -> torch.Tensor:
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    mask[..., 5, 1] = False
+    return mask
+
+
+def test_layers_share_the_plan_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = own_mask()
+    plans = given_plans(mask, monkeypatch)
+    assert len(set(map(id, plans))) == 1
+    # What is written into it counts, and so do quarantines.
+    mask[..., 6, 2] = False
+    after = given_plans(mask, monkeypatch)
+    assert len(set(map(id, after))) == 1
+    assert after[0] is not plans[0]
+    base.end_quarantine()
+    assert given_plans(mask, monkeypatch)[0] is not after[0]
+
+
+@pytest.mark.parametrize("why", ["inference", "large"])
+def test_plans_that_masks_do_not_keep(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written into an inference tensor cannot be noticed."""
+    with torch.inference_mode(why == "inference"):
+        mask = own_mask()
+        if why == "large":
+            monkeypatch.setattr(shared_plans, "_MOST_KEPT", 100)
+        plans = given_plans(mask, monkeypatch)
+        mask[..., 6, 2] = False
+        plans += given_plans(mask, monkeypatch)
+    assert len(set(map(id, plans))) == len(plans)
+
+
+def test_a_mask_and_its_plan_do_not_keep_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = own_mask()
+    plan = weakref.ref(given_plans(mask, monkeypatch)[0])
+    assert plan() is not None
+    gc.collect()
+    gc.disable()
+    try:
+        del mask
+        assert plan() is None
+    finally:
+        gc.enable()

@@ -65,6 +65,25 @@ _SELF_ATTENTION_PARAMETERS = frozenset(
 )
 
 
+def as_under_autocast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value in the dtype in which SDPA and matrix products compute them.
+
+    Under autocast rotary positions make queries and keys float32, beside values of the lower
+    precision.
+    """
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (
+        query.dtype,
+        key.dtype,
+        value.dtype,
+    ):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def features_of(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """The arguments of a layer that a backend has to implement."""
     return tuple(

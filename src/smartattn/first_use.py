@@ -87,6 +87,24 @@ class FirstUses:
         wait = functools.partial(_Waiting, rents, backend, plan, call)
         return chosen, lambda: wait().run
 
+    def ready(self, decision: Decision, plan: Plan, call: Call) -> Decision:
+        """The best of what needs nothing built for a call any more; the decision if nothing is so.
+
+        Nothing is counted.
+        """
+        others = [(self._backends[v.backend], v) for v in _others(decision)]
+        for backend, verdict in [(decision.backend, decision.verdict), *others]:
+            if verdict.build_us and not self._shape(backend, plan, call).built:
+                continue
+            if backend is decision.backend:
+                return decision
+            if not backend.refusals(plan, call):
+                reason = (
+                    f"the fastest for which nothing has to be built, unlike {decision.backend.name}"
+                )
+                return replace(decision, backend=backend, reason=reason)
+        return decision
+
     def take(self, decision: Decision, plan: Plan, call: Call) -> None:
         """Takes note of a decision that is carried out whatever it costs to build."""
         if decision.verdict.build_us:

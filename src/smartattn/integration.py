@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from . import faults
 from .arguments import (
     NEUTRAL_ARGUMENTS,
+    as_under_autocast,
     features_of,
     is_self_attention,
     narrow,
@@ -36,11 +37,12 @@ from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
 from .masking import additive, smart_mask
+from .modeling import made_for_sdpa
 from .packing import lies_by_token, where_keys_lie
 from .plan import Pattern, Plan
 from .profiles import profile_for
 from .record import Trace
-from .shared_plans import capturing, shared_plan
+from .shared_plans import capturing, plan_of_given, shared_plan
 
 logger = logging.getLogger("smartattn")
 
@@ -120,13 +122,18 @@ def smart_attention(
         return _captured_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
+    dtype, key_dtype, value_dtype = query.dtype, key.dtype, value.dtype
+    if dtype is torch.float32 or dtype is not key_dtype or dtype is not value_dtype:
+        query, key, value = as_under_autocast(query, key, value)
+        dtype, key_dtype, value_dtype = query.dtype, key.dtype, value.dtype
     signature = (
         module.__class__,
         query.shape,
         key.shape,
         value.shape,
-        query.dtype,
-        key.dtype,
+        dtype,
+        key_dtype,
+        value_dtype,
         query.device,
         dropout,
         scaling,
@@ -140,6 +147,10 @@ def smart_attention(
     if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
     if choice is None:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return _compiled_attention(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
+            )
         if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
             # Transformers' own warning, and its own handling of paged caches: since 5.24 layers
             # handle them themselves.
@@ -246,6 +257,8 @@ def _plan_of(
         return shared_plan(batch, q_len, kv_len, pattern, query.device)
     if mask.device != query.device:
         mask = mask.to(query.device)
+    if settings is None:
+        return plan_of_given(mask, batch, q_len, kv_len)
     other = Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
     other.settings = settings
     return other
@@ -372,6 +385,15 @@ def _log(plan: Plan, call: Call, decision: Decision) -> None:
         )
 
 
+def _none_is_causal(module: torch.nn.Module) -> bool:
+    """What a layer without a mask means while a graph is made.
+
+    To code that was written for sdpa, what it says of itself: a mask that is causal is left
+    out. Other code gets every mask, and means by None that nothing is hidden.
+    """
+    return bool(getattr(module, "is_causal", True)) and made_for_sdpa(type(module))
+
+
 def _as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(mask, PlanMask):
         return mask
@@ -395,11 +417,12 @@ def _captured_attention(
     Nothing of a plan may be in it, and nothing be built: without a mask a flash kernel may run;
     everything else is :func:`_compiled_attention`'s.
     """
+    query, key, value = as_under_autocast(query, key, value)
     if isinstance(mask, PlanMask):
         # A copy of the plan: what is derived now is the graph's.
-        mask = mask.dense() if mask.plan is None else mask.plan.own().dense_mask()
+        mask = mask.dense() if mask.plan is None else mask.plan.copy().dense_mask()
         is_causal = False
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = _none_is_causal(module) if is_causal is None else is_causal
     q_len, kv_len = query.shape[2], key.shape[2]
     settings = settings_for(getattr(module, "config", None))
     objective = settings.objective or LATENCY
@@ -416,12 +439,13 @@ def _captured_attention(
         if not call.grad:
             profile = profile_for(query.device)
             decision = _chooser(plan, call, profile, _FOR_GRAPHS, objective)
-            decision, bind = _first_uses.settle(decision, plan, call)
+            decision = _first_uses.ready(decision, plan, call)
             if not decision.backend.indispensable:
                 _log(plan, call, decision)
                 if settings.trace is not None:
                     settings.trace.record(plan, call, decision)
-                return bind()(query, key, value, {**kwargs, "module": module}), None
+                run = decision.backend.bind(plan, call)
+                return run(query, key, value, {**kwargs, "module": module}), None
     return _compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
 
 
@@ -442,6 +466,8 @@ def _compiled_attention(
         mask = additive(mask, query.dtype)
         positions = kwargs.get("position_ids")
         mask = narrow(module, query, key, mask, positions, indices, block_indices)
+    if mask is None and is_causal is None:
+        is_causal = _none_is_causal(module)
     beyond_sdpa = False
     for name in features_of(kwargs):
         beyond_sdpa = beyond_sdpa or name != "position_bias"
@@ -464,7 +490,7 @@ def _compiled_attention(
             f"{sorted(kwargs)}: sdpa does not implement one of these arguments; "
             "load the model with attn_implementation='eager' instead."
         )
-    if mask is None and query.shape[2] > 1 and (is_causal or getattr(module, "is_causal", False)):
+    if mask is None and query.shape[2] > 1 and is_causal:
         q_len, kv_len = query.shape[2], key.shape[2]
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
     mask = additive(mask, query.dtype)

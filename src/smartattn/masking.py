@@ -11,7 +11,8 @@ from transformers.utils.import_utils import is_tracing
 
 from .control import DEFAULT, SETTINGS, settings_for
 from .mask import PlanMask
-from .patterns import calls_attention_function, packed_despite_cache, recognise
+from .modeling import calls_attention_function, made_for_sdpa
+from .patterns import packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
 from .shared_plans import capturing_on, shared_plan
 
@@ -61,8 +62,14 @@ def smart_mask(
     }
     where = torch.device(device)
     if is_tracing(attention_mask) or where.type == "meta" or capturing_on(where):
-        # A graph of one model must not mix kinds of masks: here all are what sdpa gets.
-        mask: torch.Tensor | None = masks.sdpa_mask(
+        # A graph of one model must not mix kinds of masks: here all are what sdpa gets, or what
+        # eager attention gets, if the model's code does not know sdpa.
+        if not made_for_sdpa(type(config)):
+            mask: torch.Tensor | None = masks.eager_mask(
+                **arguments, dtype=dtype, allow_is_bidirectional_skip=False
+            )
+            return mask
+        mask = masks.sdpa_mask(
             **arguments,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,

@@ -121,17 +121,3 @@ def packed_despite_cache(batch: int, length: int) -> BoolArray | None:
         return None
     array: BoolArray = starts.numpy()
     return array
-
-
-def calls_attention_function(config: Any) -> bool:
-    """Whether the model of a configuration goes through the attention registry.
-
-    Some architectures compute eager attention themselves and add the mask they are given; they
-    need the additive mask. False only where the modeling code is known not to name the registry.
-    """
-    module = type(config).__module__
-    if not module.startswith("transformers."):
-        return True
-    name = module.replace(".configuration_", ".modeling_")
-    modeling = sys.modules.get(name)
-    return modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")

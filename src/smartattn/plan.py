@@ -366,9 +366,13 @@ class Plan:
         self.was_left = True
         self._derived = self._without_tensors()
         self.decisions = {}
+        return self.copy()
+
+    def copy(self) -> Plan:
+        """The same facts, with nothing derived that lies on a device, and nothing chosen."""
         copy = object.__new__(Plan)
         copy.__dict__.update(self.__dict__)
-        copy._derived = dict(self._derived)
+        copy._derived = self._without_tensors()
         copy.is_shared = copy.was_left = False
         copy._twins, copy._origin = {}, None
         copy.decisions, copy.packings = {}, {}

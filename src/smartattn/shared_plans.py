@@ -20,6 +20,9 @@ from .profiles import profile_for
 
 #: Plans that are remembered. What they keep on the device is small: where sequences begin.
 _MOST = 256
+#: Where a mask keeps its plan, and elements of the largest mask that does: its plan keeps what is
+#: derived from it for as long as the mask lives.
+_KEPT, _MOST_KEPT = "_smartattn_plan", 1 << 22
 #: Says which kernels a user has put in the place of torch's own.
 _kernels = getattr(torch.nn.attention, "current_flash_attention_impl", None)
 
@@ -65,6 +68,27 @@ def _plan(
     plan = Plan(batch, q_len, kv_len, pattern, device, window=window)
     plan.settings = settings
     plan.is_shared = True
+    return plan
+
+
+def plan_of_given(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
+    """The plan of a caller's own mask, which the layers of a forward find on it."""
+    # What is written into an inference tensor leaves no trace.
+    keeps = not mask.is_inference() and mask.numel() <= _MOST_KEPT
+    sizes = (batch, q_len, kv_len)
+    if keeps:
+        stamp = (mask._version, changes(), id(profile_for(mask.device)), sizes)
+        kept = getattr(mask, _KEPT, None)
+        if kept is not None and kept[0] == stamp:
+            plan: Plan = kept[1]
+            return plan
+        # Another tensor of the same memory, or plan and mask would keep each other.
+        given = mask.detach()
+    else:
+        given = mask
+    plan = Plan(*sizes, Pattern.OTHER, mask.device, given=given)
+    if keeps:
+        setattr(mask, _KEPT, (stamp, plan))
     return plan
 
 

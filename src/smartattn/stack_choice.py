@@ -67,7 +67,16 @@ def exactness_refusal(request: Request, packing: Packing, packed: Plan) -> str |
         last = sequences.k_start + sequences.k_length == plan.visible
         if not (sequences.contiguous and last.all()):
             return "the last position counts, and may be padding"
+    if any(map(_is_compiled, stack.layers)):
+        return "a layer is compiled by itself, and would need a mask of all tokens by all tokens"
     return argument_refusal(packing, request.arguments) or attention_refusal(request, packed)
+
+
+def _is_compiled(layer: torch.nn.Module) -> bool:
+    """By ``layer.compile()``, or ``layer.forward = torch.compile(layer.forward)``."""
+    return layer._compiled_call_impl is not None or hasattr(
+        layer.forward, "_torchdynamo_orig_callable"
+    )
 
 
 def attention_refusal(request: Request, packed: Plan) -> str | None:

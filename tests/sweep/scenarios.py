@@ -6,10 +6,12 @@ real (non-padding) positions, or gradients. It raises `NotApplicable` where it h
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -203,6 +205,25 @@ def no_mask(subject: Subject, model: PreTrainedModel) -> Results:
     return answers(call(model, dict(subject.inputs)), subject, mask)
 
 
+def captured(
+    run: Callable[[Subject, PreTrainedModel], Results],
+) -> Callable[[Subject, PreTrainedModel], Results]:
+    """The same as if it were recorded for a CUDA graph, where no value of a mask can be read."""
+
+    def run_captured(subject: Subject, model: PreTrainedModel) -> Results:
+        asked = (
+            "transformers.utils.import_utils.is_cuda_stream_capturing",
+            "smartattn.masking.capturing_on",
+            "smartattn.integration.capturing",
+        )
+        with contextlib.ExitStack() as stack:
+            for name in asked:
+                stack.enter_context(mock.patch(name, return_value=True))
+            return run(subject, model)
+
+    return run_captured
+
+
 def fixed_cache(subject: Subject, model: PreTrainedModel) -> Any:
     """A static cache with more slots than will be filled."""
     cache = StaticCache(config=model.config, max_cache_len=CACHE_SLOTS)
@@ -360,5 +381,7 @@ SCENARIOS: dict[str, Scenario] = {
     "mask_4d_float": Scenario(own_mask(additive)),
     # Eager adds a boolean mask to the scores, so the reference is the mask that it means.
     "mask_4d_bool": Scenario(own_mask(lambda allowed: allowed), reference=own_mask(additive)),
+    "graph_no_mask": Scenario(captured(no_mask), reference=no_mask),
+    "graph_left_padding": Scenario(captured(masked(left_mask)), reference=masked(left_mask)),
     "backward": Scenario(gradients, tolerance=1e-3, common_scale=0.01),
 }
