@@ -268,23 +268,25 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert " 50% of each row " in out
     assert '"of each row": all rows have as much padding' in out
-    assert "decode, one query per sequence, padding, float32" in out.replace("\n", "")
+    assert "16/16 heads of 64, float32" in out.replace("\n", " ")
+    assert "decode, one query per sequence, padding" in out
+    assert "--all" not in out
     for one_line in (" 32: sdpa (1.42) ", " 1,536: sdpa (2.50) ", " 4,096: sdpa ", " 8,192: sdpa "):
         assert one_line in out
     assert "(1.25): how many times as fast as the next one, at most; none: less than 1.05" in out
     assert "asked at 32, 48, 64, 96, 128, ... tokens" in out.replace("\n", " ")
     causal = {"mode": "forward", "causal": True}
     for change, words in (
-        (causal, "forward, causal, padding on the left, float32"),
-        ({**causal, "layout": "right"}, "forward, causal, padding on the right, float32"),
+        (causal, "forward, causal, padding on the left "),
+        ({**causal, "layout": "right"}, "forward, causal, padding on the right "),
         (
             {**causal, "layout": "masked"},
-            "forward, causal, a window of a quarter of the length, no padding, float32",
+            "forward, causal, a window of a quarter of the length, no padding ",
         ),
-        ({"mode": "train", "layout": "plain"}, "forward and backward, bidirectional, no padding, "),
+        ({"mode": "train", "layout": "plain"}, "forward and backward, bidirectional, no padding "),
         (
             {"mode": "train", "layout": "packed"},
-            "bidirectional, packed sequences of that mean length, float32",
+            "bidirectional, packed sequences of that mean length ",
         ),
     ):
         cli.print_thresholds((one.model_copy(update=change),), Console(width=300))
@@ -296,6 +298,31 @@ def test_ratios_that_say_nothing_are_not_printed(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert " 32: sdpa " in out
     assert "times as fast" not in out
+
+
+def test_thresholds_of_the_usual_calls_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    winner = profile.Winner(from_kv_len=32, backend="sdpa", speedup=1.0)
+    calls = [(64, "bfloat16"), (128, "bfloat16"), (128, "float32"), (64, "float32")]
+    calls += [(80, "float32"), (128, "bfloat16")]
+    thresholds = [
+        profile.Threshold(
+            mode="forward", layout="plain", causal=True, dtype=dtype, head_dim=size, batch=8,
+            heads=16, kv_heads=16, padding_share=0.0, winners=(winner,),
+        )
+        for size, dtype in calls
+    ]  # fmt: skip
+    cli.print_thresholds(thresholds, Console(width=200))
+    out = capsys.readouterr().out
+    assert "heads of 128, bfloat16" in " ".join(out.split())
+    assert "head dim" not in out
+    assert out.count("32: sdpa") == 2
+    assert "of heads of 64, 80 and of float32: smartattn show --all" in out
+    cli.print_thresholds(thresholds, Console(width=200), everything=True)
+    out = capsys.readouterr().out
+    assert out.count("32: sdpa") == 6
+    assert "head dim" in out
+    assert "forward, causal, no padding, float32" in out
+    assert "--all" not in out
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,15 @@ def test_what_a_foreign_configuration_says_wrong_is_ignored_once(
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="unknown backends"):
         smartattn.configure(backends="nonsense")
+    with pytest.raises(ValueError, match="backends names none"):
+        smartattn.configure(backends=[])
+    for objective, slowdown, words in (
+        (None, 2.0, "none is given"),
+        ("latency", 2.0, "given 'latency'"),
+        ("memory", "2", "at least 1, given '2'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            smartattn.configure(objective=objective, max_slowdown=slowdown)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pad_output"):
         smartattn.configure(pad_output="ones")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no configuration"):
@@ -270,9 +279,17 @@ def test_a_prediction_in_a_layer_that_waits_is_explained(
         assert shown[-1].startswith("predicted: by how much one call lengthens its layer")
 
 
-def test_an_empty_trace_prints_its_header() -> None:
-    assert str(Trace()).startswith("forwards")
-    assert "\n" not in str(Trace()), "no dash to explain"
+def test_an_empty_trace_says_what_may_be_missing() -> None:
+    model = tiny_model("llama", "sdpa")
+    with torch.no_grad(), smartattn.trace() as trace:
+        model(input_ids=token_ids(2, 8))
+    assert 'attn_implementation="smart"' in str(trace)
+    assert "0 attention calls" in repr(trace)
+    model.set_attn_implementation("smart")
+    with torch.no_grad(), smartattn.trace() as trace:
+        model(input_ids=token_ids(2, 8))
+    assert str(trace).startswith("forwards")
+    assert f"{model.config.num_hidden_layers} attention calls" in repr(trace)
 
 
 def test_a_trace_keeps_no_plan_alive() -> None:

@@ -249,7 +249,7 @@ def test_what_a_call_adds_to_its_layer_is_not_taken_for_the_time_of_a_kernel() -
     text = str(step)
     assert step.idle_us is not None
     idle = format_us(step.idle_us)
-    assert f"leaves the device idle for {idle}: of a call's device time only what goes" in text
+    assert f"leaves the device idle for {idle}: that much of a call's device time adds" in text
     # What is prepared once per forward comes on top.
     assert chosen.predicted_us >= max(chosen.host_us, chosen.device_us - step.idle_us)
     assert f"predicted to add {row[1]} to a layer that waits for the host" in step.reason

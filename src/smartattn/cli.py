@@ -315,7 +315,8 @@ def fit(
         else:
             save(made, output)
     except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}); choose --output") from None
+        file = output or error.filename or "the profile"
+        raise UserError(f"cannot write {file} ({error.strerror}); choose --output") from None
     console = Console()
     print_thresholds(made.thresholds, console)
     print_stack_rules(made.padding_free, console, header.device.kind)

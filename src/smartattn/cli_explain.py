@@ -87,7 +87,7 @@ def explain(
         return
     console = Console()
     table = Table(
-        Column("backend", overflow="fold"),
+        Column("backend", no_wrap=True),
         *(Column(name, justify="right", overflow="fold") for name in answer.header[1:-1]),
         Column("remark", overflow="fold"),
     )

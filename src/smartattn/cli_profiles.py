@@ -31,20 +31,18 @@ def list_profiles() -> None:
     from .profiles import find, shipped_profiles, user_profiles
 
     console = Console()
-    # The name is what other commands are given.
-    name = Column("profile", overflow="fold")
-    table = Table("whose", name, "device", "date", Column("file", overflow="fold"))
+    # The name is what other commands are given; it is that of the file.
+    table = Table("whose", Column("profile", no_wrap=True), "device", "date")
     folders = (("yours", user_profiles()), ("shipped", shipped_profiles()))
     for whose, folder in folders:
         for path in sorted(folder.glob("*.json")):
-            file = escape(path.name)
             try:
                 found = load(path)
             except ProfileError as error:
-                table.add_row(whose, "unusable", escape(str(error)), "", file)
+                table.add_row(whose, escape(path.stem), f"unusable: {escape(str(error))}", "")
                 continue
             device = escape(str(found.device)) if found.device else "any other"
-            table.add_row(whose, escape(found.name), device, found.date or "", file)
+            table.add_row(whose, escape(path.stem), device, found.date or "")
     console.print(table)
     for whose, folder in folders:
         console.print(f"{whose}: {escape(str(folder))}", soft_wrap=True, highlight=False)
@@ -65,11 +63,14 @@ def show_profile(
     crossover: Annotated[
         bool, typer.Option("--map", help="Show who wins by length and padding, and by how much.")
     ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the thresholds of all head sizes and dtypes.")
+    ] = False,
 ) -> None:
     """Show a profile that need not be in force."""
     from .cli_show import show
 
-    show(profile=_found(name)[0], crossover=crossover, plot=None)
+    show(profile=_found(name)[0], crossover=crossover, plot=None, everything=everything)
 
 
 @profiles_app.command("export")

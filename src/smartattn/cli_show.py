@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -33,6 +34,9 @@ def show(
     plot: Annotated[
         Path | None, typer.Option(help="Draw that map into a PNG file.", show_default=False)
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the thresholds of all head sizes and dtypes.")
+    ] = False,
 ) -> None:
     """Show the profile in force for each device, and its thresholds or its crossover map."""
     from .profile import ProfileError, load
@@ -44,7 +48,7 @@ def show(
         except ProfileError as error:
             raise UserError(f"{profile} cannot be used: {error}") from None
         kind = found.device.kind if found.device else None
-        _print_profile(found, console, crossover or plot is not None, kind)
+        _print_profile(found, console, crossover or plot is not None, kind, everything)
         if plot is not None:
             _plot(found, plot, console)
         return
@@ -70,7 +74,8 @@ def show(
             differences = looked_up.profile.versions.differences(versions(identity.kind))
             if differences:
                 console.print(f"  {escape(changed_since(differences))}", soft_wrap=True)
-        _print_profile(looked_up.profile, console, crossover or plot is not None, one.type)
+        drawing = crossover or plot is not None
+        _print_profile(looked_up.profile, console, drawing, one.type, everything)
         if plot is not None and looked_up.profile.costs and not drawn:
             drawn = True
             _plot(looked_up.profile, plot, console)
@@ -96,7 +101,9 @@ def _plot(profile: Profile, path: Path, console: Console) -> None:
     console.print(f"Crossover map: {escape(str(path))}", soft_wrap=True)
 
 
-def _print_profile(profile: Profile, console: Console, crossover: bool, kind: str | None) -> None:
+def _print_profile(
+    profile: Profile, console: Console, crossover: bool, kind: str | None, everything: bool
+) -> None:
     """Prints what a profile says of one kind of device; of any if that is None."""
     from .profiles import stack_rules
 
@@ -113,7 +120,7 @@ def _print_profile(profile: Profile, console: Console, crossover: bool, kind: st
 
         show_maps(maps(profile), console)
     elif profile.thresholds:
-        print_thresholds(profile.thresholds, console)
+        print_thresholds(profile.thresholds, console, everything=everything)
     elif profile.rules:
         _print_rules(profile.rules, console, kind)
     print_stack_rules(stack_rules(profile), console, kind, default=not profile.padding_free)
@@ -166,24 +173,51 @@ def _applying(when: _Conditions, kind: str | None) -> _Conditions | None:
     return when.model_copy(update={"device": None}) if when.device in (None, kind) else None
 
 
+def _usual(thresholds: list[Threshold]) -> tuple[list[Threshold], str]:
+    """Those of one head size and one dtype, and which others there are."""
+    sizes = Counter(one.head_dim for one in thresholds)
+    dtypes = Counter(one.dtype for one in thresholds)
+    size = max(sizes, key=lambda one: (sizes[one], one == 128, one))
+    dtype = max(dtypes, key=lambda one: (dtypes[one], one == "bfloat16", one))
+    usual = [one for one in thresholds if one.head_dim == size and one.dtype == dtype]
+    del sizes[size], dtypes[dtype]
+    others = [f"heads of {', '.join(map(str, sorted(sizes)))}"] if sizes else []
+    return usual, " and of ".join(others + ([", ".join(sorted(dtypes))] if dtypes else []))
+
+
 def _lead(winner: Winner) -> str:
     ratio = winner.largest_speedup
     return f" ({ratio:.2f})" if ratio is not None and ratio >= LEAD else ""
 
 
-def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
-    """Prints who wins from which key length on."""
+def print_thresholds(
+    thresholds: Iterable[Threshold], console: Console, *, everything: bool = False
+) -> None:
+    """Prints who wins from which key length on.
+
+    Args:
+        everything: of all head sizes and dtypes, not of the usual ones alone.
+    """
     from .thresholds import THRESHOLD_LENGTHS
 
     thresholds = list(thresholds)
+    others = ""
+    if thresholds and not everything:
+        thresholds, others = _usual(thresholds)
     kinds = dict.fromkeys(one.ratio_of for one in thresholds if one.ratio_of is not None)
+    # What all have in common is said once.
+    sizes = {one.head_dim for one in thresholds}
+    dtypes = {one.dtype for one in thresholds}
+    title = "Thresholds by key length, for 8 rows or packed sequences and 16/16 heads"
+    if len(sizes) == len(dtypes) == 1:
+        title += f" of {sizes.pop()}, {dtypes.pop()}"
     table = Table(
         "call",
-        "head dim",
+        *(["head dim"] if sizes else []),
         "padding",
-        Column("fastest from (lead at most)", overflow="fold"),
+        Column("fastest from (lead at most)", no_wrap=True),
         Column("measured to", justify="right"),
-        title="Thresholds by key length, for 8 rows or packed sequences and 16/16 heads",
+        title=title,
     )
     last = None
     for threshold in thresholds:
@@ -195,7 +229,9 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         padding = more.get(threshold.layout, LAYOUTS[threshold.layout])
         if threshold.causal and threshold.layout == "padded":
             padding += " on the left"
-        call = f"{in_words(threshold.mode, threshold.causal, padding)}, {threshold.dtype}"
+        call = in_words(threshold.mode, threshold.causal, padding)
+        if sizes:
+            call += f", {threshold.dtype}"
         group = (call, threshold.head_dim)
         if last is not None and group != last:
             table.add_section()
@@ -205,7 +241,7 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         ]
         table.add_row(
             call if group != last else "",
-            str(threshold.head_dim) if group != last else "",
+            *([str(threshold.head_dim) if group != last else ""] if sizes else []),
             f"{threshold.padding_share:.0%}" + " of each row" * threshold.alike,
             "\n".join(winners),
             "-" if threshold.measured_to is None else f"{threshold.measured_to:,}",
@@ -213,6 +249,8 @@ def print_thresholds(thresholds: Iterable[Threshold], console: Console) -> None:
         last = group
     if table.row_count:
         console.print(table)
+        if others:
+            console.print(f"of {others}: smartattn show --all", soft_wrap=True, highlight=False)
         if any(one.alike for one in thresholds):
             console.print(
                 '"of each row": all rows have as much padding. Where their lengths differ one '

@@ -201,7 +201,9 @@ def checked(backends: Any, pad_output: Any, objective: Any, max_slowdown: Any) -
         chosen = (backends,) if isinstance(backends, str) else tuple(backends)
         known = [backend.name for backend in BACKENDS]
         unknown = [name for name in chosen if name not in known]
-        if unknown or not chosen:
+        if not chosen:
+            raise ValueError(f"backends names none; known are {known}")
+        if unknown:
             raise ValueError(f"unknown backends {unknown}; known are {known}")
         changes["backends"] = chosen
     if pad_output is not None:
@@ -215,8 +217,9 @@ def checked(backends: Any, pad_output: Any, objective: Any, max_slowdown: Any) -
             max_slowdown = MEMORY_SLOWDOWN
     if max_slowdown is not None:
         if objective not in ("memory", "accuracy"):
-            raise ValueError("max_slowdown bounds the objectives 'memory' and 'accuracy'")
-        if not max_slowdown >= 1:
+            given = "none is given" if objective is None else f"given {objective!r}"
+            raise ValueError(f"max_slowdown needs objective 'memory' or 'accuracy', {given}")
+        if not isinstance(max_slowdown, int | float) or not max_slowdown >= 1:
             raise ValueError(f"max_slowdown is at least 1, given {max_slowdown!r}")
     if objective is not None:
         changes["objective"] = Objective(objective, max_slowdown)

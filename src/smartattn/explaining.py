@@ -339,7 +339,9 @@ def _check(workload: Workload) -> None:
     if workload.heads % workload.kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, given {workload.kv_heads}")
     if not 0 <= workload.padding_share < 1:
-        raise ValueError(f"padding is a share from 0 to below 1, given {workload.padding_share}")
+        raise ValueError(
+            f"padding is a share from 0 to below 1, 0.4 for 40%, given {workload.padding_share}"
+        )
     if workload.side == "packed" and not 1 <= workload.sequences <= workload.kv_len:
         raise ValueError(f"packed is 1 to seq_len sequences, given {workload.sequences}")
     if workload.window < 0:

@@ -213,7 +213,7 @@ class Explanation:
                 "adds to layer: by how much one call lengthens its layer"
                 + (ranks if self._goal == LATENCY.goal else ""),
                 f"  the rest of the layer leaves the {other} idle for {format_us(self.idle_us)}: "
-                f"of a call's {other} time only what goes beyond that adds",
+                f"that much of a call's {other} time adds nothing",
             ]
         elif self._apart:
             captions = ["predicted: the longer one of host and device, and what is shared"]
@@ -221,7 +221,7 @@ class Explanation:
             captions = [f"predicted: the time of one call, and {share}"]
         if self._apart:
             captions.append("host, device: how long one call keeps each of them busy")
-            captions.append(f"shared: {share}, which is in the first figure")
+            captions.append(f"shared: {share}, included in the first figure")
         if self._goal == "memory":
             captions.append(f"peak memory: what one call takes above its inputs{ranks}")
         elif self._goal == "accuracy":

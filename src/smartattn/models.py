@@ -208,7 +208,10 @@ def _random(model: Any, shape: Shape) -> Batch:
     rows = shape.batch or (8 if on_gpu else 4)
     length = shape.seq_len or min(1024 if on_gpu else 128, limit or 1 << 30)
     if rows < 1 or length < 1 or not 0 <= shape.padding < 1:
-        raise ModelError("batch and seq-len are at least 1, padding is a share from 0 to below 1")
+        raise ModelError(
+            "batch and seq-len are at least 1, padding is a share from 0 to below 1, given "
+            f"{rows}, {length} and {shape.padding}"
+        )
     if limit is not None and length > limit:
         raise ModelError(f"the model takes {limit} tokens, given {length}")
     side = shape.side or ("left" if _is_decoder(model) else "right")

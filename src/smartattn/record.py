@@ -136,8 +136,14 @@ class Trace:
         """The rows as JSON."""
         return json.dumps(self.as_dicts(), indent=2)
 
+    def __repr__(self) -> str:
+        calls = sum(row.calls for row in self.rows)
+        return f"<smartattn.Trace of {calls} attention calls; print() shows them>"
+
     def __str__(self) -> str:
         rows = self.rows
+        if not rows and not self._stacks:
+            return _NOTHING
         lines = [_table(rows)]
         if any(row.predicted is not None and row.bottleneck for row in rows):
             lines.append(_ADDS)
@@ -180,6 +186,11 @@ def brief(reason: str) -> str:
     return re.sub(r" \([^()]*\)$", "", reason)
 
 
+#: What an empty trace says.
+_NOTHING = (
+    "no attention call went through smartattn in this thread; is the model loaded with "
+    'attn_implementation="smart"?'
+)
 #: What is said below a table with predictions of calls in layers that wait.
 _ADDS = (
     "predicted: by how much one call lengthens its layer, which may be less than its kernel takes"

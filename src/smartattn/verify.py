@@ -69,8 +69,8 @@ class Comparison:
     implementation: str
     #: The last entry is the output; before it the layers, where these were asked for.
     layers: tuple[Layer, ...]
-    #: The output is finite at all positions.
-    finite: bool
+    #: The output is finite at all positions; None if it did not run.
+    finite: bool | None
     #: Backends that ran, with the number of calls: of smart alone.
     ran: dict[str, int] = field(default_factory=dict)
     #: Why it did not run; there are no layers then.
@@ -232,7 +232,7 @@ class _Tally:
 
     def comparison(self, name: str) -> Comparison:
         if self.error is not None:
-            return Comparison(name, (), finite=False, error=self.error)
+            return Comparison(name, (), finite=None, error=self.error)
         layers = []
         for index, (real, padding) in enumerate(self.sums):
             found = real.difference()
