@@ -328,9 +328,10 @@ def test_what_use_may_be_given() -> None:
     assert SETTINGS.get().objective is None
     for wrong, says in (
         ({"objective": "beauty"}, "one of"),
-        ({"max_slowdown": 2.0}, "bounds the objectives"),
-        ({"objective": "latency", "max_slowdown": 2.0}, "bounds the objectives"),
+        ({"max_slowdown": 2.0}, "needs objective .*, none is given"),
+        ({"objective": "latency", "max_slowdown": 2.0}, "needs objective .*, given 'latency'"),
         ({"objective": "memory", "max_slowdown": 0.5}, "at least 1"),
+        ({"objective": "memory", "max_slowdown": "2"}, "at least 1, given '2'"),
         ({"objective": "memory", "max_slowdown": float("nan")}, "at least 1"),
     ):
         with pytest.raises(ValueError, match=says), use(**wrong):  # type: ignore[arg-type]

@@ -160,13 +160,6 @@ def test_mistakes() -> None:
         smartattn.configure(backends="nonsense")
     with pytest.raises(ValueError, match="backends names none"):
         smartattn.configure(backends=[])
-    for objective, slowdown, words in (
-        (None, 2.0, "none is given"),
-        ("latency", 2.0, "given 'latency'"),
-        ("memory", "2", "at least 1, given '2'"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            smartattn.configure(objective=objective, max_slowdown=slowdown)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pad_output"):
         smartattn.configure(pad_output="ones")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no configuration"):
