@@ -204,6 +204,20 @@ MUTATIONS = (
         ("tests/test_first_use.py", "-x"),
     ),
     Mutation(
+        "graphs: SDPA is taken for built",
+        "first_use.py",
+        "return bool(decision.verdict.build_us) and built",
+        "return True",
+        SHARED,
+    ),
+    Mutation(
+        "graphs: SDPA runs where nobody knows whether it builds",
+        "integration.py",
+        "if decision.backend.indispensable and not built:",
+        "if False:",
+        SHARED,
+    ),
+    Mutation(
         "graphs: models without sdpa get its masks",
         "masking.py",
         "if not made_for_sdpa(type(config)):",
@@ -234,8 +248,8 @@ MUTATIONS = (
     Mutation(
         "autocast: float64 is rounded",
         "arguments.py",
-        "or torch.float64 in (query.dtype, key.dtype, value.dtype)",
-        "",
+        "or torch.float64 in (",
+        "or torch.float64 in () and (",
         ("tests/test_arguments.py", "-x", "-k", "autocast"),
     ),
     Mutation(

@@ -20,7 +20,7 @@ from smartattn import profiles, shared_plans
 from smartattn.backends import base
 from smartattn.backends.sdpa import SdpaBackend
 from smartattn.call import Call, Runner
-from smartattn.choose import Chooser
+from smartattn.choose import Chooser, Decision, UnsupportedCallError, Verdict
 from smartattn.control import DEFAULT
 from smartattn.first_use import FirstUses
 from smartattn.integration import _Choice, _choice, smart_attention
@@ -353,6 +353,42 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> _Recording:
     monkeypatch.setattr("smartattn.integration._first_uses", FirstUses([backend]))
     monkeypatch.setattr("smartattn.integration._FOR_GRAPHS", (backend.name,))
     return backend
+
+
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("known", ["built", "not built", "unknown", "alone"])
+@torch.no_grad()
+def test_graphs_run_sdpa_where_it_is_known_to_be_built(
+    known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form in which it was built, which may be another one than Transformers'."""
+    flash, own = _Recording(), _Recording()
+    own.name, own.indispensable = "sdpa", True  # type: ignore[misc]
+    backends = [own] if known == "alone" else [own, flash]
+    first = FirstUses(backends)
+    monkeypatch.setattr("smartattn.integration._first_uses", first)
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
+    predicted = None if known == "unknown" else 1.0
+    verdicts = (
+        Verdict("sdpa", (), predicted, build_us=0.0 if known == "unknown" else 4e4),
+        Verdict("flash_attention_2", (), predicted and 5.0),
+    )[: len(backends)]
+
+    def chosen(plan: Plan, call: Call, profile: Any, allowed: Any, objective: Any) -> Decision:
+        able = [backend for backend in backends if backend.name in allowed]
+        if not able:
+            raise UnsupportedCallError("none")
+        decision = Decision(able[0], "a test", verdicts, profile)
+        if known == "built":
+            first.take(decision, plan, call)
+        return decision
+
+    monkeypatch.setattr("smartattn.integration._chooser", chosen)
+    expected = sdpa_attention_forward(layer, *states, None)[0]
+    assert_agree(smart_attention(layer, *states, None)[0], expected)
+    assert bool(own.plans) == (known == "built")
+    assert bool(flash.plans) == (known in ("not built", "unknown"))
 
 
 @pytest.mark.usefixtures("graph")

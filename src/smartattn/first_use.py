@@ -105,6 +105,11 @@ class FirstUses:
                 return replace(decision, backend=backend, reason=reason)
         return decision
 
+    def has_built(self, decision: Decision, plan: Plan, call: Call) -> bool:
+        """Whether what a decision needs has been built; False if nobody knows that it builds."""
+        built: bool = self._shape(decision.backend, plan, call).built
+        return bool(decision.verdict.build_us) and built
+
     def take(self, decision: Decision, plan: Plan, call: Call) -> None:
         """Takes note of a decision that is carried out whatever it costs to build."""
         if decision.verdict.build_us:

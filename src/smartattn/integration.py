@@ -7,6 +7,7 @@ the batch and returns it as a plan that travels in the mask's place; once per la
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -32,7 +33,7 @@ from .arguments import (
 )
 from .backends import BACKENDS
 from .call import Call, Runner
-from .choose import LATENCY, Chooser, Decision
+from .choose import LATENCY, Chooser, Decision, UnsupportedCallError
 from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
@@ -73,8 +74,10 @@ class _Choice:
     trace: Trace | None
 
 
-#: What keeps nothing on the device of a batch without padding, and sdpa, which stands for itself.
-_FOR_GRAPHS = ("flash_attention_3", "flash_attention_2", "sdpa")
+#: What keeps nothing of a batch without padding on the device, and builds nothing; and with sdpa,
+#: which may have been built.
+_FLASH = ("flash_attention_3", "flash_attention_2")
+_FOR_GRAPHS = (*_FLASH, "sdpa")
 
 
 #: What a choice depends on beside the plan and arguments that are not plain; see ``_choice``.
@@ -440,7 +443,12 @@ def _captured_attention(
             profile = profile_for(query.device)
             decision = _chooser(plan, call, profile, _FOR_GRAPHS, objective)
             decision = _first_uses.ready(decision, plan, call)
-            if not decision.backend.indispensable:
+            built = _first_uses.has_built(decision, plan, call)
+            if decision.backend.indispensable and not built:
+                # Nothing says that SDPA need not build, or in which form it was built.
+                with contextlib.suppress(UnsupportedCallError):
+                    decision = _chooser(plan, call, profile, _FLASH, objective)
+            if built or not decision.backend.indispensable:
                 _log(plan, call, decision)
                 if settings.trace is not None:
                     settings.trace.record(plan, call, decision)
