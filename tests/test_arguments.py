@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import smartattn
 from smartattn import integration
-from smartattn.arguments import is_self_attention
+from smartattn.arguments import as_under_autocast, is_self_attention
 from smartattn.call import Call
 from smartattn.integration import smart_attention
 from smartattn.mask import PlanMask
@@ -408,6 +408,14 @@ def test_calls_under_autocast_are_of_its_dtype(monkeypatch: pytest.MonkeyPatch) 
         assert [call.dtype for call in asked] == [expected] * len(asked)
         assert asked
         assert not any("mixed dtypes" in call.features for call in asked)
+
+
+def test_float64_is_not_rounded_under_autocast() -> None:
+    """As autocast leaves it alone in every operation."""
+    given = [torch.randn(2, 2, 4, 8), *(torch.randn(2, 2, 4, 8).double() for _ in range(2))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = as_under_autocast(*given)
+    assert all(one is other for one, other in zip(found, given, strict=True))
 
 
 def test_gradients_under_autocast_reach_what_was_handed_over() -> None:
