@@ -204,6 +204,20 @@ MUTATIONS = (
         ("tests/test_first_use.py", "-x"),
     ),
     Mutation(
+        "graphs: masks that nobody needs are made",
+        "masking.py",
+        "if capturing_on(where) and _is_causal_says_all(",
+        "if False and _is_causal_says_all(",
+        SHARED,
+    ),
+    Mutation(
+        "graphs: a window is left out",
+        "masking.py",
+        "and (known.window is None or known.window >= length)",
+        "",
+        SHARED,
+    ),
+    Mutation(
         "graphs: SDPA is taken for built",
         "first_use.py",
         "return bool(decision.verdict.build_us) and built",

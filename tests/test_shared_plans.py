@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import smartattn
@@ -287,6 +288,34 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """All looks as if it were recorded for a CUDA graph."""
     for name in ("masking.capturing_on", "integration.capturing"):
         monkeypatch.setattr(f"smartattn.{name}", lambda on: True)
+    name = "transformers.utils.import_utils.is_cuda_stream_capturing"
+    monkeypatch.setattr(name, lambda: True)
+
+
+@pytest.mark.usefixtures("graph")
+def test_masks_of_graphs_are_left_out_where_nothing_has_to_be_read() -> None:
+    whole = {"batch_size": 2, "q_length": 8, "kv_length": 8}
+    both = {**whole, "mask_function": masks.bidirectional_mask_function}
+    # What Transformers says of all functions but its own.
+    never = {**whole, "allow_is_causal_skip": False}
+    window = masks.sliding_window_causal_mask_function
+    packed = masks.packed_sequence_mask_function(torch.zeros(2, 8, dtype=torch.long))
+    assert smart_mask(**whole) is None
+    assert smart_mask(**both, allow_is_bidirectional_skip=True) is None
+    assert smart_mask(**whole, mask_function=window(8)) is None
+    for arguments in (
+        {**both, "allow_is_causal_skip": False},
+        never,
+        {**whole, "mask_function": window(7), "local_size": 7},
+        {**never, "mask_function": masks.and_masks(masks.causal_mask_function, packed)},
+        {**whole, "attention_mask": torch.ones(2, 8, dtype=torch.bool)},
+        {**whole, "kv_length": 9, "q_offset": 1},
+        {**whole, "q_offset": torch.tensor(0)},
+        {**never, "mask_function": lambda row, head, query, key: key <= query},
+    ):
+        mask = smart_mask(**arguments)
+        assert isinstance(mask, torch.Tensor)
+        assert not isinstance(mask, PlanMask)
 
 
 @pytest.mark.usefixtures("graph")
@@ -397,16 +426,15 @@ def test_graphs_without_a_mask_may_run_flash_kernels(recording: _Recording) -> N
     """By plans of their own, which no later forward finds."""
     model = tiny_model("llama", "smart")
     with smartattn.trace() as trace:
-        found = forward(model).logits
-    assert_agree(found, forward(tiny_model("llama", "eager")).logits)
+        found = model(input_ids=IDS).logits
+    assert_agree(found, tiny_model("llama", "eager")(input_ids=IDS).logits)
     assert len({id(plan) for plan in recording.plans}) == len(model.model.layers)
     assert all(plan.is_causal and not plan.is_shared for plan in recording.plans)
     assert [row.backend for row in trace.rows] == [recording.name]
     encoder = tiny_model("bert", "smart")
     recording.plans.clear()
-    inputs = {"input_ids": IDS, "attention_mask": ONES}
-    expected = tiny_model("bert", "eager")(**inputs).last_hidden_state
-    assert_agree(encoder(**inputs).last_hidden_state, expected)
+    expected = tiny_model("bert", "eager")(input_ids=IDS).last_hidden_state
+    assert_agree(encoder(input_ids=IDS).last_hidden_state, expected)
     assert recording.plans
     assert not any(plan.is_causal for plan in recording.plans)
 

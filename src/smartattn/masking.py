@@ -69,6 +69,12 @@ def smart_mask(
                 **arguments, dtype=dtype, allow_is_bidirectional_skip=False
             )
             return mask
+        if capturing_on(where) and _is_causal_says_all(
+            arguments, allow_is_causal_skip, allow_is_bidirectional_skip
+        ):
+            # Some versions of Transformers make this mask while a graph is captured, which keeps
+            # flash kernels out.
+            return None
         mask = masks.sdpa_mask(
             **arguments,
             allow_is_causal_skip=allow_is_causal_skip,
@@ -131,6 +137,28 @@ def smart_mask(
     )
     plan.settings = settings
     return PlanMask(plan, dtype)
+
+
+def _is_causal_says_all(
+    arguments: dict[str, Any], allow_is_causal_skip: bool, allow_is_bidirectional_skip: bool
+) -> bool:
+    """Whether a mask would say nothing more, for which no value has to be read."""
+    length, offset = arguments["kv_length"], arguments["kv_offset"]
+    known = recognise(arguments["mask_function"], length + offset)
+    may_skip = {
+        Pattern.CAUSAL: allow_is_causal_skip,
+        Pattern.BIDIRECTIONAL: allow_is_bidirectional_skip,
+        Pattern.OTHER: False,
+    }
+    return (
+        may_skip[known.pattern]
+        and arguments["attention_mask"] is None
+        and known.packed_ids is None
+        and (known.window is None or known.window >= length)
+        and isinstance(arguments["q_offset"], int)
+        and arguments["q_offset"] == offset
+        and 1 < arguments["q_length"] == length
+    )
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
