@@ -302,7 +302,7 @@ def test_masks_of_graphs_are_left_out_where_nothing_has_to_be_read() -> None:
     packed = masks.packed_sequence_mask_function(torch.zeros(2, 8, dtype=torch.long))
     assert smart_mask(**whole) is None
     assert smart_mask(**both, allow_is_bidirectional_skip=True) is None
-    assert smart_mask(**whole, mask_function=window(8)) is None
+    assert smart_mask(**whole, mask_function=window(8), local_size=8) is None
     for arguments in (
         {**both, "allow_is_causal_skip": False},
         never,
