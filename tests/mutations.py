@@ -192,8 +192,15 @@ MUTATIONS = (
     Mutation(
         "shared: an inference tensor keeps its plan",
         "shared_plans.py",
-        "keeps = not mask.is_inference() and mask.numel() <= _MOST_KEPT",
-        "keeps = mask.numel() <= _MOST_KEPT",
+        "not (mask.is_inference() or mask.requires_grad)",
+        "not mask.requires_grad",
+        SHARED,
+    ),
+    Mutation(
+        "shared: a learned mask keeps its plan",
+        "shared_plans.py",
+        "not (mask.is_inference() or mask.requires_grad)",
+        "not mask.is_inference()",
         SHARED,
     ),
     Mutation(

@@ -537,6 +537,20 @@ def test_plans_that_masks_do_not_keep(why: str, monkeypatch: pytest.MonkeyPatch)
     assert len(set(map(id, plans))) == len(plans)
 
 
+def test_a_learned_mask_gets_its_gradient() -> None:
+    layer = tiny_model("llama", "smart").model.layers[0].self_attn
+    states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
+    grads = []
+    for attend in (smart_attention, sdpa_attention_forward):
+        torch.manual_seed(0)
+        weight = torch.randn(4, 8, 8, requires_grad=True)
+        bias = weight[None].expand(2, -1, -1, -1)
+        for _ in range(2):
+            attend(layer, *states, bias)[0].square().sum().backward(retain_graph=True)
+        grads.append(weight.grad)
+    assert_agree(*grads)
+
+
 def test_a_mask_and_its_plan_do_not_keep_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = own_mask()
     plan = weakref.ref(given_plans(mask, monkeypatch)[0])

@@ -73,8 +73,9 @@ def _plan(
 
 def plan_of_given(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
     """The plan of a caller's own mask, which the layers of a forward find on it."""
-    # What is written into an inference tensor leaves no trace.
-    keeps = not mask.is_inference() and mask.numel() <= _MOST_KEPT
+    # What is written into an inference tensor leaves no trace, and a bias that is learned gets its
+    # gradient through the tensor itself.
+    keeps = not (mask.is_inference() or mask.requires_grad) and mask.numel() <= _MOST_KEPT
     sizes = (batch, q_len, kv_len)
     if keeps:
         stamp = (mask._version, changes(), id(profile_for(mask.device)), sizes)
