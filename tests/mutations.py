@@ -288,13 +288,6 @@ MUTATIONS = (
         ("tests/test_padding_free.py", "-x", "-k", "compiled_by_themselves"),
     ),
     Mutation(
-        "shared: a CUDA graph gets the mask of a plan",
-        "masking.py",
-        'or where.type == "meta" or capturing_on(where)',
-        'or where.type == "meta"',
-        SHARED,
-    ),
-    Mutation(
         "what is as fast waits for kernels of another",
         "first_use.py",
         "all(rent.loss_us <= TIE * best for rent in rents)",

@@ -61,7 +61,7 @@ def smart_mask(
         **kwargs,
     }
     where = torch.device(device)
-    if is_tracing(attention_mask) or where.type == "meta" or capturing_on(where):
+    if is_tracing(attention_mask) or where.type == "meta":
         # A graph of one model must not mix kinds of masks: here all are what sdpa gets, or what
         # eager attention gets, if the model's code does not know sdpa.
         if not made_for_sdpa(type(config)):
