@@ -219,13 +219,21 @@ def main() -> int:
     def report(command: str, made: Output) -> None:
         print(f"{made.code}  {made.seconds:5.1f} s  {command}", flush=True)
         outputs[command] = made
-        beside = f"; commands other than `bench` ran up to {jobs} at a time" if jobs > 1 else ""
+        beside = (
+            f"; commands other than `bench` and `doctor` ran up to {jobs} at a time"
+            if jobs > 1
+            else ""
+        )
+        left = [one for one in commands(cuda, identity.slug) if one not in chosen]
         parts = [
             f"# Commands on {identity}\n\nMade by `python -m benchmarks.outputs` on {date}: "
             + ", ".join(f"{name.replace('_', '-')} {version}" for name, version in found.items())
             + ". Seconds next to a command include the start of Python and the loading of models, "
             + f"and say nothing of the package{beside}. "
-            + "SmolLM2 was converted from GGUF to safetensors before.\n"
+            + "`$MINILM` is all-MiniLM-L6-v2 (6 layers), `$SMOLLM2` SmolLM2-135M-Instruct (30 "
+            + "layers), converted from GGUF to safetensors before."
+            + (f" Left out: {', '.join(f'`{one}`' for one in left)}." if left else "")
+            + "\n"
         ]
         parts += [
             f"`{one}`, {outputs[one].seconds:.0f} s, exit code {outputs[one].code}\n\n"

@@ -213,8 +213,15 @@ MUTATIONS = (
     Mutation(
         "graphs: masks that nobody needs are made",
         "masking.py",
-        "if capturing_on(where) and _is_causal_says_all(",
-        "if False and _is_causal_says_all(",
+        "if _is_causal_says_all(arguments, *skips):",
+        "if False:",
+        SHARED,
+    ),
+    Mutation(
+        "graphs: what Transformers does not look at is left out",
+        "masking.py",
+        "skips = False, False",
+        "pass",
         SHARED,
     ),
     Mutation(

@@ -303,6 +303,8 @@ def test_masks_of_graphs_are_left_out_where_nothing_has_to_be_read() -> None:
     assert smart_mask(**whole) is None
     assert smart_mask(**both, allow_is_bidirectional_skip=True) is None
     assert smart_mask(**whole, mask_function=window(8), local_size=8) is None
+    assert smart_mask(batch_size=2, q_length=1, kv_length=8, q_offset=7) is None
+    assert smart_mask(batch_size=2, q_length=1, kv_length=6, q_offset=7, kv_offset=2) is None
     for arguments in (
         {**both, "allow_is_causal_skip": False},
         never,
@@ -310,6 +312,13 @@ def test_masks_of_graphs_are_left_out_where_nothing_has_to_be_read() -> None:
         {**never, "mask_function": masks.and_masks(masks.causal_mask_function, packed)},
         {**whole, "attention_mask": torch.ones(2, 8, dtype=torch.bool)},
         {**whole, "kv_length": 9, "q_offset": 1},
+        {**whole, "q_length": 1},
+        # A function that Transformers skips without a look at it.
+        {
+            **both,
+            "mask_function": lambda row, head, query, key: key != 3,
+            "allow_is_bidirectional_skip": True,
+        },
         {**whole, "q_offset": torch.tensor(0)},
         {**never, "mask_function": lambda row, head, query, key: key <= query},
     ):

@@ -266,10 +266,11 @@ def print_thresholds(
             )
         asked = ", ".join(map(str, THRESHOLD_LENGTHS[:5]))
         console.print(
-            f"asked at {asked}, ... tokens: in between another one that is about as fast may win, "
-            "as its tiles are full; smartattn explain asks any length\n"
-            "measured to: the longest row up to which all of these are known from calls like this, "
-            "causal and bidirectional ones together; rows that long come in fewer than 8\n"
+            f"asked at {asked}, ... tokens: a change lies anywhere between two of these, where "
+            "another one that is about as fast may win; smartattn explain asks any length\n"
+            "measured to: the longest row up to which every backend named there is known from "
+            "calls like this, causal and bidirectional ones together; rows that long come in fewer "
+            "than 8, and of packed sequences it is an eighth of the longest row\n"
             "other numbers of rows and heads have other thresholds",
             soft_wrap=True,
             highlight=False,

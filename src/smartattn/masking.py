@@ -69,16 +69,17 @@ def smart_mask(
                 **arguments, dtype=dtype, allow_is_bidirectional_skip=False
             )
             return mask
-        if capturing_on(where) and _is_causal_says_all(
-            arguments, allow_is_causal_skip, allow_is_bidirectional_skip
-        ):
-            # Some versions of Transformers make this mask while a graph is captured, which keeps
-            # flash kernels out.
-            return None
+        skips = allow_is_causal_skip, allow_is_bidirectional_skip
+        if capturing_on(where):
+            # Some versions of Transformers make every mask here, which keeps flash kernels out, and
+            # all leave out those of mask functions that they do not look at.
+            if _is_causal_says_all(arguments, *skips):
+                return None
+            skips = False, False
         mask = masks.sdpa_mask(
             **arguments,
-            allow_is_causal_skip=allow_is_causal_skip,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            allow_is_causal_skip=skips[0],
+            allow_is_bidirectional_skip=skips[1],
         )
         return mask if calls_attention_function(config) else additive(mask, dtype)
     known = recognise(mask_function, kv_length + kv_offset)
@@ -155,9 +156,9 @@ def _is_causal_says_all(
         and arguments["attention_mask"] is None
         and known.packed_ids is None
         and (known.window is None or known.window >= length)
-        and isinstance(arguments["q_offset"], int)
-        and arguments["q_offset"] == offset
-        and 1 < arguments["q_length"] == length
+        and isinstance(first := arguments["q_offset"], int)
+        # All tokens, or the last one alone.
+        and (first - offset, arguments["q_length"]) in ((0, length), (length - 1, 1))
     )
 
 
