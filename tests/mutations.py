@@ -211,10 +211,17 @@ MUTATIONS = (
         ("tests/test_first_use.py", "-x"),
     ),
     Mutation(
-        "graphs: masks that nobody needs are made",
+        "graphs: masks that nobody needs keep flash kernels out",
         "masking.py",
-        "if _is_causal_says_all(arguments, *skips):",
-        "if False:",
+        "return is_causal if mask is not None and written == mask._version else None",
+        "return None",
+        SHARED,
+    ),
+    Mutation(
+        "graphs: what was written into a mask is not seen",
+        "masking.py",
+        "written == mask._version",
+        "written is not None",
         SHARED,
     ),
     Mutation(

@@ -37,7 +37,7 @@ from .choose import LATENCY, Chooser, Decision, UnsupportedCallError
 from .control import Settings, settings_for
 from .first_use import FirstUses
 from .mask import PlanMask
-from .masking import additive, smart_mask
+from .masking import additive, is_causal_of, smart_mask
 from .modeling import made_for_sdpa
 from .packing import lies_by_token, where_keys_lie
 from .plan import Pattern, Plan
@@ -425,12 +425,14 @@ def _captured_attention(
         # A copy of the plan: what is derived now is the graph's.
         mask = mask.dense() if mask.plan is None else mask.plan.copy().dense_mask()
         is_causal = False
-    causal = _none_is_causal(module) if is_causal is None else is_causal
+    causal = is_causal_of(mask)
+    if mask is None:
+        causal = _none_is_causal(module) if is_causal is None else is_causal
     q_len, kv_len = query.shape[2], key.shape[2]
     settings = settings_for(getattr(module, "config", None))
     objective = settings.objective or LATENCY
     if (
-        mask is None
+        causal is not None
         and (q_len == kv_len or not causal)
         and settings.backends is None
         and objective.goal == "latency"
@@ -454,6 +456,8 @@ def _captured_attention(
                     settings.trace.record(plan, call, decision)
                 run = decision.backend.bind(plan, call)
                 return run(query, key, value, {**kwargs, "module": module}), None
+        # The form in which it ran before, if Transformers' sdpa did.
+        mask, is_causal = None, causal
     return _compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
 
 

@@ -19,6 +19,8 @@ from .shared_plans import capturing_on, shared_plan
 #: Tokens of a row up to which batches without padding share plans: forwards of longer ones do not
 #: feel the host.
 _SHARED_TOKENS = 1024
+#: Attribute of a mask, see :func:`is_causal_of`.
+_IS_CAUSAL = "_smartattn_is_causal"
 
 
 def smart_mask(
@@ -70,18 +72,20 @@ def smart_mask(
             )
             return mask
         skips = allow_is_causal_skip, allow_is_bidirectional_skip
-        if capturing_on(where):
-            # Some versions of Transformers make every mask here, which keeps flash kernels out, and
-            # all leave out those of mask functions that they do not look at.
-            if _is_causal_says_all(arguments, *skips):
-                return None
+        whole = _whole(arguments, *skips) if capturing_on(where) else None
+        if capturing_on(where) and whole is None:
+            # Transformers leaves out masks of functions that it does not look at.
             skips = False, False
         mask = masks.sdpa_mask(
             **arguments,
             allow_is_causal_skip=skips[0],
             allow_is_bidirectional_skip=skips[1],
         )
-        return mask if calls_attention_function(config) else additive(mask, dtype)
+        if mask is not None and not calls_attention_function(config):
+            return additive(mask, dtype)
+        if mask is not None and whole is not None:
+            setattr(mask, _IS_CAUSAL, (mask._version, whole is Pattern.CAUSAL))
+        return mask
     known = recognise(mask_function, kv_length + kv_offset)
     # generate compiles the decode step of a static cache, but makes its mask outside of it.
     may_be_compiled = isinstance(q_offset, torch.Tensor) and q_length == 1
@@ -140,10 +144,20 @@ def smart_mask(
     return PlanMask(plan, dtype)
 
 
-def _is_causal_says_all(
+def is_causal_of(mask: torch.Tensor | None) -> bool | None:
+    """What a mask that was made for a CUDA graph says in one word; None if it says more.
+
+    Some versions of Transformers make every mask there, which keeps flash kernels out. Models that
+    use it themselves need it; what they make of it is another tensor.
+    """
+    written, is_causal = getattr(mask, _IS_CAUSAL, (None, None))
+    return is_causal if mask is not None and written == mask._version else None
+
+
+def _whole(
     arguments: dict[str, Any], allow_is_causal_skip: bool, allow_is_bidirectional_skip: bool
-) -> bool:
-    """Whether a mask would say nothing more, for which no value has to be read."""
+) -> Pattern | None:
+    """The pattern of a mask that says nothing more, for which no value has to be read."""
     length, offset = arguments["kv_length"], arguments["kv_offset"]
     known = recognise(arguments["mask_function"], length + offset)
     may_skip = {
@@ -151,7 +165,7 @@ def _is_causal_says_all(
         Pattern.BIDIRECTIONAL: allow_is_bidirectional_skip,
         Pattern.OTHER: False,
     }
-    return (
+    is_whole = (
         may_skip[known.pattern]
         and arguments["attention_mask"] is None
         and known.packed_ids is None
@@ -160,6 +174,7 @@ def _is_causal_says_all(
         # All tokens, or the last one alone.
         and (first - offset, arguments["q_length"]) in ((0, length), (length - 1, 1))
     )
+    return known.pattern if is_whole else None
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
