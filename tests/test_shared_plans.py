@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import threading
@@ -556,6 +557,17 @@ def test_plans_that_masks_do_not_keep(why: str, monkeypatch: pytest.MonkeyPatch)
         mask[..., 6, 2] = False
         plans += given_plans(mask, monkeypatch)
     assert len(set(map(id, plans))) == len(plans)
+
+
+def test_nothing_is_saved_or_copied_with_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = own_mask()
+    first = given_plans(mask, monkeypatch)[0]
+    assert not mask.__dict__
+    copied = copy.deepcopy(mask)
+    assert given_plans(copied, monkeypatch)[0] is not first
+    known = len(shared_plans._given)
+    del mask, copied
+    assert len(shared_plans._given) == known - 2
 
 
 def test_a_learned_mask_gets_its_gradient() -> None:

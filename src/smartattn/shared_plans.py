@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Hashable
 
 import torch
@@ -20,9 +21,12 @@ from .profiles import profile_for
 
 #: Plans that are remembered. What they keep on the device is small: where sequences begin.
 _MOST = 256
-#: Where a mask keeps its plan, and elements of the largest mask that does: its plan keeps what is
-#: derived from it for as long as the mask lives.
-_KEPT, _MOST_KEPT = "_smartattn_plan", 1 << 22
+#: Elements of the largest mask whose plan is remembered: it keeps what is derived from the mask for
+#: as long as that lives.
+_MOST_KEPT = 1 << 22
+#: The plans of masks by their ids, and what tells whether they still hold. An attribute of a mask
+#: would be saved and copied with it.
+_given: dict[int, tuple[weakref.ref[torch.Tensor], Hashable, Plan]] = {}
 #: Says which kernels a user has put in the place of torch's own.
 _kernels = getattr(torch.nn.attention, "current_flash_attention_impl", None)
 
@@ -72,25 +76,32 @@ def _plan(
 
 
 def plan_of_given(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
-    """The plan of a caller's own mask, which the layers of a forward find on it."""
+    """The plan of a caller's own mask, made once for the layers of a forward."""
     # What is written into an inference tensor leaves no trace, and a bias that is learned gets its
     # gradient through the tensor itself.
     keeps = not (mask.is_inference() or mask.requires_grad) and mask.numel() <= _MOST_KEPT
     sizes = (batch, q_len, kv_len)
     if keeps:
         stamp = (mask._version, changes(), id(profile_for(mask.device)), sizes)
-        kept = getattr(mask, _KEPT, None)
-        if kept is not None and kept[0] == stamp:
-            plan: Plan = kept[1]
-            return plan
-        # Another tensor of the same memory, or plan and mask would keep each other.
+        kept = _given.get(id(mask))
+        if kept is not None and kept[0]() is mask and kept[1] == stamp:
+            return kept[2]
+        # Another tensor of the same memory: the plan must not keep the mask.
         given = mask.detach()
     else:
         given = mask
     plan = Plan(*sizes, Pattern.OTHER, mask.device, given=given)
     if keeps:
-        setattr(mask, _KEPT, (stamp, plan))
+        reference = weakref.ref(mask, functools.partial(_forget, id(mask)))
+        _given[id(mask)] = (reference, stamp, plan)
     return plan
+
+
+def _forget(place: int, reference: weakref.ref[torch.Tensor]) -> None:
+    kept = _given.get(place)
+    # Another mask may have come to its place meanwhile.
+    if kept is not None and kept[0] is reference:
+        _given.pop(place, None)
 
 
 def capturing(states: torch.Tensor) -> bool:
