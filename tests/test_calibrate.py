@@ -696,6 +696,13 @@ def test_samples_of_before_read_without_the_later_columns(tmp_path: Path) -> Non
     assert samples.load(tmp_path / "again")[1] == rows
 
 
+def with_word(good: bytes, word: bytes) -> bytes:
+    """With a word in a dtype's place, in a header of the length that this makes."""
+    end = 8 + int.from_bytes(good[:8], "little")
+    head = good[8:end].replace(b"bfloat16", word)
+    return len(head).to_bytes(8, "little") + head + good[end:]
+
+
 def damaged(path: Path) -> dict[str, bytes]:
     samples.save(path, header(), some_samples())
     good = path.read_bytes()
@@ -709,6 +716,7 @@ def damaged(path: Path) -> dict[str, bytes]:
         "length beyond the file": b"\xff" * 8 + good[8:],
         "other schema": good.replace(b"smartattn-samples/1", b"smartattn-samples/9"),
         "unknown word": good.replace(b"bfloat16", b"bfloat99"),
+        "long word": with_word(good, b"x" * 5000),
         "not UTF-8": good[:8] + b"\xff" * (len(good) - 8),
     }
 
@@ -723,6 +731,7 @@ def damaged(path: Path) -> dict[str, bytes]:
         "length beyond the file",
         "other schema",
         "unknown word",
+        "long word",
         "not UTF-8",
     ],
 )
@@ -732,6 +741,7 @@ def test_damaged_samples_are_refused_in_one_line(case: str, tmp_path: Path) -> N
     with pytest.raises(samples.SamplesError) as caught:
         samples.load(path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def _stacks(words: dict[str, list[str]], arrays: dict[str, Any]) -> list[StackSa
             or stack.work > MAX_WORK
             or not all(time > 0 for time in times)
         ):
-            raise SamplesError(f"a stack that cannot be: {stack}")
+            raise SamplesError(one_line(f"a stack that cannot be: {stack}"))
         found.append(stack)
     return found
 
@@ -343,7 +343,7 @@ def _workload(words: dict[str, list[str]], lists: dict[str, list[Any]], row: int
     for name in given.keys() & words.keys():
         word = words[name][given[name]]
         if word not in WORDS[name]:
-            raise SamplesError(f"unknown {name} {word!r}")
+            raise SamplesError(one_line(f"unknown {name} {word!r}"))
         given[name] = word
     given["causal"] = bool(given["causal"])
     return _bounded(Workload(**given))
