@@ -500,6 +500,17 @@ def test_masks_in_graphs_that_hide_nothing() -> None:
     assert_agree(smart_attention(layer, *states, mask)[0], expected)
 
 
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_graphs_in_inference_mode(padding: str | None) -> None:
+    """Tensors that are made there have no count of what was written into them."""
+    where = None if padding is None else MASKS[padding]
+    with torch.inference_mode():
+        found = tiny_model("llama", "smart")(input_ids=IDS, attention_mask=where).logits
+        expected = tiny_model("llama", "eager")(input_ids=IDS, attention_mask=where).logits
+    assert_agree(found, expected, where=where)
+
+
 def test_nothing_is_recorded_on_a_cpu() -> None:
     assert not shared_plans.capturing(IDS)
     assert not shared_plans.capturing_on(CPU)

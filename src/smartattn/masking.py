@@ -83,7 +83,7 @@ def smart_mask(
         )
         if mask is not None and not calls_attention_function(config):
             return additive(mask, dtype)
-        if mask is not None and whole is not None:
+        if mask is not None and whole is not None and not mask.is_inference():
             setattr(mask, _IS_CAUSAL, (mask._version, whole is Pattern.CAUSAL))
         return mask
     known = recognise(mask_function, kv_length + kv_offset)
@@ -150,8 +150,11 @@ def is_causal_of(mask: torch.Tensor | None) -> bool | None:
     Some versions of Transformers make every mask there, which keeps flash kernels out. Models that
     use it themselves need it; what they make of it is another tensor.
     """
+    # What is written into an inference tensor leaves no trace.
+    if mask is None or mask.is_inference():
+        return None
     written, is_causal = getattr(mask, _IS_CAUSAL, (None, None))
-    return is_causal if mask is not None and written == mask._version else None
+    return is_causal if written == mask._version else None
 
 
 def _whole(
