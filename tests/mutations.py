@@ -42,6 +42,7 @@ class Mutation:
 
 
 PLAN = ("tests/test_plan.py",)
+STACK_HOST = ("tests/test_stack_host.py", "-x")
 SHARED = ("tests/test_shared_plans.py",)
 FOLDING = ("tests/test_folding.py",)
 PACKING = ("tests/test_packing.py",)
@@ -261,7 +262,7 @@ MUTATIONS = (
     ),
     Mutation(
         "graphs: None is causal in models without sdpa",
-        "integration.py",
+        "graphs.py",
         'bool(getattr(module, "is_causal", True)) and made_for_sdpa(type(module))',
         'bool(getattr(module, "is_causal", True))',
         ("tests/test_compile.py", "-x", "-k", "knows_sdpa"),
@@ -293,6 +294,48 @@ MUTATIONS = (
         "        key_dtype,\n        value_dtype,\n        query.device,",
         "        key_dtype,\n        query.device,",
         ("tests/test_arguments.py", "-x", "-k", "another_dtype"),
+    ),
+    Mutation(
+        "padding-free: nobody asks whether the host keeps up here",
+        "stack_choice.py",
+        "if not (found.packs and _waits_for_host(request, host, profile)):",
+        "if True:",
+        STACK_HOST,
+    ),
+    Mutation(
+        "padding-free: a host that was busy is never asked again",
+        "stack_host.py",
+        "return self._passed % _AGAIN == 0",
+        "return False",
+        STACK_HOST,
+    ),
+    Mutation(
+        "padding-free: the first forward, which builds, counts as one of the host's",
+        "stack_host.py",
+        "if len(known) >= _FEWEST else None",
+        "if known else None",
+        STACK_HOST,
+    ),
+    Mutation(
+        "padding-free: forwards that wait for the host make a device look slow",
+        "stack_fit.py",
+        "        if sample.padded_us >= _DEVICE_BOUND * shortest:\n            work",
+        "        if True:\n            work",
+        STACK_HOST,
+    ),
+    Mutation(
+        "padding-free: layers that run several times count once",
+        "stacks.py",
+        "return total * max(1.0, runs / len(self.layers))",
+        "return total",
+        STACK_HOST,
+    ),
+    Mutation(
+        "padding-free: 32 bits go by the times of 16",
+        "stack_choice.py",
+        "or _dtype(states).itemsize != 2",
+        "",
+        STACK_HOST,
     ),
     Mutation(
         "padding-free: packs for compiled layers",
@@ -1278,7 +1321,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys of another batch reach kernels that do not look",
-        "integration.py",
+        "layer_call.py",
         "if not query.shape[0] == key.shape[0] == value.shape[0]:",
         "if False:",
         ("tests/test_arguments.py", "-k", "one_row"),

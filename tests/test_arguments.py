@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import smartattn
-from smartattn import integration
+from smartattn import integration, layer_call
 from smartattn.arguments import as_under_autocast, is_self_attention
 from smartattn.call import Call
 from smartattn.integration import smart_attention
@@ -380,13 +380,13 @@ def test_autocast(name: str) -> None:
 def test_calls_under_autocast_are_of_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDPA and matrix products compute in it whatever they are handed, so flash kernels may."""
     asked: list[Call] = []
-    make = integration._call
+    make = layer_call.call_of
 
     def note(*arguments: Any) -> Call:
         asked.append(make(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(integration, "_call", note)
+    monkeypatch.setattr(integration, "call_of", note)
     inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": MASKS["left"]}
     half = torch.bfloat16
     for dtype, lower, expected in (

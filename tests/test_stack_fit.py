@@ -22,9 +22,9 @@ from smartattn import cli, grid, profile, profiles, samples, stack_measure
 from smartattn.calibrate import Outcome, Progress, Request, calibrate
 from smartattn.machine import Device, Versions
 from smartattn.samples import Header, StackSample
-from smartattn.stack_fit import MARGIN, fit_stack_rules, pays
+from smartattn.stack_fit import fit_stack_rules, pays
 from smartattn.stack_measure import SHARES, Point, Stack, StackTimer, batch_of, build, search
-from smartattn.stack_rule import StackRule, StackWhen, stack_rule
+from smartattn.stack_rule import MARGIN, StackRule, StackWhen, stack_rule
 from smartattn.workload import Workload
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from .plan import Plan
 from .profile import Profile, Rule, Run
 from .profiles import default_stack_rules
 from .samples import Header, Sample, StackSample
-from .stack_fit import fit_stack_rules
+from .stack_fit import fit_layer_times, fit_stack_rules
 from .thresholds import thresholds
 from .workload import Workload
 
@@ -461,6 +461,7 @@ def fit_profile(
         surroundings=header.surroundings,
         rules=tuple(kept),
         padding_free=fit_stack_rules(stacks, header, default_stack_rules()),
+        layers=fit_layer_times(stacks, header),
         thresholds=tuple(thresholds(costs, device, header.surroundings)),
         costs=tuple(costs),
     )

@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd import forward_ad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,8 +24,6 @@ from .arguments import (
     NEUTRAL_ARGUMENTS,
     as_under_autocast,
     features_of,
-    is_self_attention,
-    narrow,
     narrowed,
     packed_by_arguments,
 )
@@ -36,10 +32,10 @@ from .call import Call, Runner
 from .choose import LATENCY, Chooser, Decision, UnsupportedCallError
 from .control import Settings, settings_for
 from .first_use import FirstUses
+from .graphs import as_sdpa_mask, compiled_attention, none_is_causal
+from .layer_call import call_of, eager_function, needs_grad
 from .mask import PlanMask
-from .masking import additive, is_causal_of, smart_mask
-from .modeling import made_for_sdpa
-from .packing import lies_by_token, where_keys_lie
+from .masking import is_causal_of, smart_mask
 from .plan import Pattern, Plan
 from .profiles import profile_for
 from .record import Trace
@@ -118,7 +114,7 @@ def smart_attention(
         smartattn.UnsupportedCallError: no backend implements an argument that changes the result.
     """
     if torch.compiler.is_compiling():
-        return _compiled_attention(
+        return compiled_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     if capturing(query):
@@ -140,7 +136,7 @@ def smart_attention(
         query.device,
         dropout,
         scaling,
-        _needs_grad(query, key, value, dropout),
+        needs_grad(query, key, value, dropout),
         torch.are_deterministic_algorithms_enabled(),
     )
     # All layers but a forward's first ones end their search here: launch-bound models feel each
@@ -151,7 +147,7 @@ def smart_attention(
         choice = plan.decisions.get(signature)
     if choice is None:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return _compiled_attention(
+            return compiled_attention(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
             )
         if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
@@ -162,7 +158,7 @@ def smart_attention(
                 query,
                 key,
                 value,
-                _as_sdpa_mask(attention_mask),
+                as_sdpa_mask(attention_mask),
                 dropout=dropout,
                 scaling=scaling,
                 is_causal=is_causal,
@@ -279,7 +275,7 @@ def _choose(
     kwargs: Mapping[str, Any],
     settings: Settings,
 ) -> _Choice:
-    call = _call(module, query, key, value, dropout, scaling, features, kwargs, settings)
+    call = call_of(module, query, key, value, dropout, scaling, features, kwargs, settings)
     profile = profile_for(query.device)
     objective = settings.objective or LATENCY
     decision = _chooser(plan, call, profile, settings.backends, objective)
@@ -300,78 +296,8 @@ def _choose(
         return _choose(
             module, query, key, value, plan, dropout, scaling, features, kwargs, settings
         )
-    eager = _eager_function(module) if decision.backend.name == "eager" else None
+    eager = eager_function(module) if decision.backend.name == "eager" else None
     return _Choice(decision, call, run, eager, settings.trace)
-
-
-def _call(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-    features: tuple[str, ...],
-    kwargs: Mapping[str, Any],
-    settings: Settings,
-) -> Call:
-    """What backends are asked about."""
-    wanted = set(features)
-    if dropout:
-        wanted.add("dropout")
-    if not query.dtype == key.dtype == value.dtype:
-        wanted.add("mixed dtypes")
-    if not query.device == key.device == value.device:
-        wanted.add("mixed devices")
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
-        wanted.add("broadcast batches")
-    token_major_keys, key_pitch = where_keys_lie(key, value)
-    return Call(
-        device=query.device,
-        dtype=query.dtype,
-        batch=query.shape[0],
-        q_len=query.shape[2],
-        kv_len=key.shape[2],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        head_dim=query.shape[3],
-        value_head_dim=value.shape[3],
-        scaling=scaling,
-        dropout=dropout,
-        softcap=kwargs.get("softcap"),
-        grad=_needs_grad(query, key, value, dropout),
-        deterministic=torch.are_deterministic_algorithms_enabled()
-        or bool(kwargs.get("deterministic")),
-        self_attention=is_self_attention(type(module))  # type: ignore[arg-type]
-        and kwargs.get("encoder_hidden_states") is None,
-        keep_padding_output=settings.pad_output == "sdpa",
-        token_major_keys=token_major_keys,
-        token_major_queries=lies_by_token(query),
-        key_pitch=key_pitch,
-        has_eager=_eager_function(module) is not None,
-        features=frozenset(wanted),
-    )
-
-
-def _needs_grad(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
-) -> bool:
-    """Whether a backward may follow.
-
-    Dropout says so too: a reentrant checkpoint runs its layers without gradients first, and must
-    draw the same dropout when it runs them again. So does forward-mode differentiation.
-    """
-    if dropout > 0.0 or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    )
-
-
-def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
-    source = sys.modules.get(type(module).__module__)
-    function: Callable[..., Any] | None = getattr(source, "eager_attention_forward", None)
-    return function
 
 
 @functools.lru_cache(maxsize=1024)
@@ -388,22 +314,6 @@ def _log(plan: Plan, call: Call, decision: Decision) -> None:
         )
 
 
-def _none_is_causal(module: torch.nn.Module) -> bool:
-    """What a layer without a mask means while a graph is made.
-
-    To code that was written for sdpa, what it says of itself: a mask that is causal is left
-    out. Other code gets every mask, and means by None that nothing is hidden.
-    """
-    return bool(getattr(module, "is_causal", True)) and made_for_sdpa(type(module))
-
-
-def _as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    if not isinstance(mask, PlanMask):
-        return mask
-    plan = mask.own_plan()
-    return mask.dense() if plan is None else plan.dense_mask()
-
-
 def _captured_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -418,7 +328,7 @@ def _captured_attention(
     """The choice while a CUDA graph is captured, whose replays find what it was captured with.
 
     Nothing of a plan may be in it, and nothing be built: without a mask a flash kernel may run;
-    everything else is :func:`_compiled_attention`'s.
+    everything else is :func:`compiled_attention`'s.
     """
     query, key, value = as_under_autocast(query, key, value)
     if isinstance(mask, PlanMask):
@@ -427,7 +337,7 @@ def _captured_attention(
         is_causal = False
     causal = is_causal_of(mask)
     if mask is None:
-        causal = _none_is_causal(module) if is_causal is None else is_causal
+        causal = none_is_causal(module) if is_causal is None else is_causal
     q_len, kv_len = query.shape[2], key.shape[2]
     settings = settings_for(getattr(module, "config", None))
     objective = settings.objective or LATENCY
@@ -440,7 +350,7 @@ def _captured_attention(
     ):
         pattern = Pattern.CAUSAL if causal and q_len > 1 else Pattern.BIDIRECTIONAL
         plan = Plan(query.shape[0], q_len, kv_len, pattern, query.device)
-        call = _call(module, query, key, value, dropout, scaling, (), kwargs, settings)
+        call = call_of(module, query, key, value, dropout, scaling, (), kwargs, settings)
         if not call.grad:
             profile = profile_for(query.device)
             decision = _chooser(plan, call, profile, _FOR_GRAPHS, objective)
@@ -458,55 +368,4 @@ def _captured_attention(
                 return run(query, key, value, {**kwargs, "module": module}), None
         # The form in which it ran before, if Transformers' sdpa did.
         mask, is_causal = None, causal
-    return _compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
-
-
-def _compiled_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
-    indices, block_indices = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
-    if indices is not None or block_indices is not None:
-        mask = additive(mask, query.dtype)
-        positions = kwargs.get("position_ids")
-        mask = narrow(module, query, key, mask, positions, indices, block_indices)
-    if mask is None and is_causal is None:
-        is_causal = _none_is_causal(module)
-    beyond_sdpa = False
-    for name in features_of(kwargs):
-        beyond_sdpa = beyond_sdpa or name != "position_bias"
-    if not beyond_sdpa:
-        output, weights = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-        return output, weights
-    eager = _eager_function(module)
-    if eager is None:
-        raise NotImplementedError(
-            f"{sorted(kwargs)}: sdpa does not implement one of these arguments; "
-            "load the model with attn_implementation='eager' instead."
-        )
-    if mask is None and query.shape[2] > 1 and is_causal:
-        q_len, kv_len = query.shape[2], key.shape[2]
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()
-    mask = additive(mask, query.dtype)
-    output, weights = eager(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return output, weights
+    return compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -34,6 +35,7 @@ from .packed_stack import (
 )
 from .plan import Plan
 from .stack_choice import Request, exactness_refusal, worth
+from .stack_host import HostTimes
 from .stacks import Stack, find_stack, parameter_names
 
 logger = logging.getLogger("smartattn")
@@ -114,7 +116,7 @@ class _Frame:
 
     __slots__ = (
         "arguments", "asked", "decided", "given", "guard", "hooks", "opener", "outer", "packing",
-        "reason", "token",
+        "reason", "started", "token",
     )  # fmt: skip
 
     def __init__(self, hooks: _Hooks, opener: nn.Module) -> None:
@@ -129,6 +131,8 @@ class _Frame:
         self.reason: str | None = None
         self.decided = False
         self.packing: Packing | None = None
+        #: When the host began to pack; None once the layers are through.
+        self.started: float | None = None
         #: What the last layer of each state got, for the next one.
         self.arguments: dict[_State, _Arguments] = {}
         self.outer = _FRAME.get()
@@ -138,6 +142,10 @@ class _Frame:
 #: The innermost forward of this thread or asyncio task that runs under hooks.
 _FRAME: ContextVar[_Frame | None] = ContextVar("smartattn_forward", default=None)
 
+
+#: What the layers of each model take the host: it outlives the hooks, so that a ``with`` block around
+#: every forward learns as well.
+_HOSTS: weakref.WeakKeyDictionary[nn.Module, HostTimes] = weakref.WeakKeyDictionary()
 
 #: Held while the hooks of later layers are registered; models with hooks can be copied.
 _arming = ForkSafeLock()
@@ -149,6 +157,7 @@ class _Hooks:
     def __init__(self, stack: Stack, always: bool) -> None:
         self.stack = stack
         self.always = always
+        self.host = _HOSTS.setdefault(stack.root, HostTimes())
         self._handles: list[Any] = []
         self._names = {type(layer): parameter_names(layer) for layer in stack.layers}
         self._mask_at = {kind: _position(names) for kind, names in self._names.items()}
@@ -252,6 +261,9 @@ class _Hooks:
         frame = self._frame()
         if frame is None or frame.packing is None:
             return None
+        if frame.started is not None:
+            self.host.add((time.perf_counter() - frame.started) * 1e6, torch.is_grad_enabled())
+            frame.started = None
         packing = frame.packing
         output = _unpacked(output, packing)
         if module is not self.stack.base or module is self.stack.module:
@@ -339,7 +351,8 @@ class _Hooks:
                 last = reads_last(frame.given)
                 request = Request(self.stack, plan, states, values, settings, last)
                 # The cheaper question first: small batches wait for the host.
-                packs, reason = worth(request, self.always)
+                started = time.perf_counter()
+                packs, reason = worth(request, self.always, self.host)
             if packs:
                 packing, packed = Packing(plan), packed_plan(plan)
                 refusal = self._refusal(frame) or exactness_refusal(request, packing, packed)
@@ -348,7 +361,7 @@ class _Hooks:
                 if refusal is None and not self._arm():
                     refusal = "padding_free was undone during this forward"
                 if refusal is None:
-                    frame.packing = packing
+                    frame.packing, frame.started = packing, started
                 else:
                     packs, reason = False, refusal
             _record(self.stack.name, plan, packs, reason, settings)

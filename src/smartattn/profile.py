@@ -15,6 +15,7 @@ from .features import Layout, Mode
 from .files import StrPath, read_bounded, write_atomically
 from .machine import PLAIN, Device, Line, Record, Versions, one_line
 from .plan import Plan
+from .stack_host import LayerTimes
 from .stack_rule import StackRule
 from .surroundings import Surroundings
 
@@ -168,6 +169,8 @@ class Profile(Record):
     rules: Annotated[tuple[Rule, ...], Field(max_length=1000)] = ()
     #: When padding-free models leave the padding out; without any, those of the built-in default.
     padding_free: Annotated[tuple[StackRule, ...], Field(max_length=1000)] = ()
+    #: What layers take this device, for machines whose host is another; None where unknown.
+    layers: LayerTimes | None = None
     thresholds: Annotated[tuple[Threshold, ...], Field(max_length=5000)] = ()
     costs: Annotated[tuple[Cost, ...], Field(max_length=10_000)] = ()
 

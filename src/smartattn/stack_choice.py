@@ -16,11 +16,19 @@ from .packed_stack import Packing, argument_refusal
 from .plan import Padding, Plan
 from .profile import Profile
 from .profiles import profile_for, stack_rules
-from .stack_rule import StackRule, StackWhen, stack_rule
+from .stack_host import HostTimes
+from .stack_rule import MARGIN, StackRule, StackWhen, stack_rule
 from .stacks import Head, Stack
+from .surroundings import TRAINING_DEVICE, TRAINING_HOST
 
 #: Why nothing is packed under ``pad_output="sdpa"``.
 KEEPS_PADDING = "padding positions of the output are to be kept"
+
+#: Why a batch stays padded that the profile's rule would pack.
+WAITS_FOR_HOST = (
+    "the host takes longer for the packed layers here than the device for the padded batch, "
+    "by the last packed forwards of this model"
+)
 
 _chooser = Chooser(BACKENDS)
 
@@ -154,12 +162,42 @@ class Worth:
         return rule if self.because is None else f"{rule}: {self.because}"
 
 
-def worth(request: Request, always: bool) -> tuple[bool, str]:
-    """Whether packing is worth its copies by the profile in force, and why."""
+def worth(request: Request, always: bool, host: HostTimes) -> tuple[bool, str]:
+    """Whether packing is worth its copies by the profile in force and on this host, and why."""
     if always:
         return True, "asked for whenever it is exact"
-    found = pays(request.plan, request.states.shape[-1], profile_for(request.plan.device))
-    return found.packs, found.reason
+    profile = profile_for(request.plan.device)
+    found = pays(request.plan, request.states.shape[-1], profile)
+    if not (found.packs and _waits_for_host(request, host, profile)):
+        return found.packs, found.reason
+    if host.again():
+        return True, "to see whether the host still takes longer than the device"
+    return False, WAITS_FOR_HOST
+
+
+def _waits_for_host(request: Request, host: HostTimes, profile: Profile) -> bool:
+    """Whether the host takes longer here for the packed layers than the device for the padded."""
+    plan, stack, states = request.plan, request.stack, request.states
+    grad = torch.is_grad_enabled()
+    host_us = host.least(grad)
+    if profile.layers is None or host_us is None or _dtype(states).itemsize != 2:
+        return False
+    layers = max(len(stack.layers), getattr(stack.base.config, "num_hidden_layers", None) or 0)
+    device_us = profile.layers.forward_us(
+        plan.is_causal, plan.batch, plan.q_len, states.shape[-1] * layers, stack.weights
+    )
+    if device_us is None:
+        return False
+    if grad:
+        device_us, host_us = TRAINING_DEVICE * device_us, TRAINING_HOST * host_us
+    return device_us < (1 + MARGIN) * host_us
+
+
+def _dtype(states: torch.Tensor) -> torch.dtype:
+    """What the layers compute in."""
+    if torch.is_autocast_enabled(states.device.type):
+        return torch.get_autocast_dtype(states.device.type)
+    return states.dtype
 
 
 def pays(plan: Plan, hidden: int, profile: Profile) -> Worth:
@@ -205,12 +243,9 @@ def _call(request: Request, packed: Plan) -> Call:
     config, states = request.stack.base.config, request.states
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or states.shape[-1] // heads
-    dtype = states.dtype
-    if torch.is_autocast_enabled(states.device.type):
-        dtype = torch.get_autocast_dtype(states.device.type)
     return Call(
         device=states.device,
-        dtype=dtype,
+        dtype=_dtype(states),
         batch=1,
         q_len=packed.q_len,
         kv_len=packed.kv_len,

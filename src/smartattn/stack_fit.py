@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,11 +12,9 @@ import numpy as np
 from .least_squares import FloatArray
 from .plan import BoolArray
 from .samples import Header, StackSample
-from .stack_rule import MAX_WIDTH, MAX_WORK, StackRule, StackWhen
+from .stack_host import LayerTimes, multiplications
+from .stack_rule import MARGIN, MAX_WIDTH, MAX_WORK, StackRule, StackWhen
 
-#: How much faster packing has to be before it counts as paying: what a rule promises must hold for
-#: other models too, and of plain "smart" nothing may be lost.
-MARGIN = 0.03
 #: Fewest samples that rules are made from.
 FEWEST = 2
 #: A sample speaks against packing others that have up to so much more padding and work: lengths
@@ -80,6 +79,39 @@ def fit_stack_rules(
         because += f" ({_described(samples, ~packed)})"
     never = StackRule(when=StackWhen(device=kind), pack=False, because=because)
     return (*rules, *beyond, never)
+
+
+def fit_layer_times(samples: Sequence[StackSample], header: Header) -> LayerTimes | None:
+    """What padded layers take a device, by the forwards that wait for it; None where unknown."""
+    if header.device.kind == "cpu":
+        return None
+    width = _width(samples) or 0.0
+    rates = {causal: _rate(samples, causal, width) for causal in (False, True)}
+    if rates == {False: None, True: None}:
+        return None
+    return LayerTimes(encoder=rates[False], decoder=rates[True], width=width)
+
+
+def _rate(samples: Sequence[StackSample], causal: bool, width: float) -> float | None:
+    """See :class:`LayerTimes`."""
+    forwards = [s for s in samples if s.workload.mode == "forward" and s.workload.causal == causal]
+    shortest = min((sample.padded_us for sample in forwards), default=0.0)
+    rates = []
+    for sample in forwards:
+        if sample.padded_us >= _DEVICE_BOUND * shortest:
+            work = sample.workload
+            count = multiplications(
+                causal, work.batch, work.kv_len, sample.hidden, weights(sample), width
+            )
+            rates.append(1e9 * sample.padded_us / sample.layers / count)
+    return _rounded_down(statistics.median(rates)) if rates else None
+
+
+def weights(sample: StackSample) -> float:
+    """How many numbers a token is multiplied by in a layer, see :func:`.stack_measure.build`."""
+    attention = 2.0 + 2.0 * sample.workload.kv_heads / sample.workload.heads
+    # A Llama's MLP has a gate.
+    return (attention + 4.0 * (3 if sample.workload.causal else 2)) * sample.hidden**2
 
 
 def _beyond(

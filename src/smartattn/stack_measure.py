@@ -24,7 +24,8 @@ from .integration import NAME
 from .measure import free_memory, lacks_memory, release
 from .padding_free import padding_free
 from .samples import StackSample
-from .stack_fit import MARGIN, pays
+from .stack_fit import pays
+from .stack_rule import MARGIN
 from .timing import relative_spread, synchronize
 from .workload import Workload, as_padded
 

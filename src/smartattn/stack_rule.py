@@ -11,6 +11,9 @@ from .machine import Record
 #: Largest bound of a rule on work, see :class:`StackWhen`.
 MAX_WORK = 1e20
 MAX_WIDTH = 1e5
+#: How much faster packing has to be before it counts as paying: what a rule promises must hold for
+#: other models too, and of plain "smart" nothing may be lost.
+MARGIN = 0.03
 Work = Annotated[float, Field(ge=0.0, le=MAX_WORK)]
 
 

@@ -207,6 +207,14 @@ class Stack:
             found.add("s_aux")
         return frozenset(found)
 
+    @functools.cached_property
+    def weights(self) -> float:
+        """How many numbers a token is multiplied by in a forward, those of all experts included."""
+        total = sum(_weights(module) for layer in self.layers for module in layer.modules())
+        # ALBERT runs the same layers several times.
+        runs = getattr(self.base.config, "num_hidden_layers", None) or 0
+        return total * max(1.0, runs / len(self.layers))
+
     @property
     def pools_first_token(self) -> bool:
         """An output is made from the first position of each row, if the stack is an encoder."""
@@ -256,6 +264,13 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(type(module).forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind in kinds)[1:]
+
+
+def _weights(module: nn.Module) -> int:
+    """Numbers of a module's own matrices; quantised ones hold several in one element."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -22,7 +22,7 @@ from .plan import Plan
 _WEIGHTS = 12
 #: Times as much work as a forward that a training step is, on the device and on the host, whose
 #: backward is not Python.
-_TRAINING_DEVICE, _TRAINING_HOST = 3.0, 2.0
+TRAINING_DEVICE, TRAINING_HOST = 3.0, 2.0
 #: An encoder's layer has no rotary embeddings, and a LayerNorm is one launch: BERT's takes 0.33 ms
 #: of a host for which a Llama's takes 0.89 ms.
 _ENCODER_HOST = 0.4
@@ -72,7 +72,7 @@ class Surroundings(Record):
         read = weights * call.dtype.itemsize
         device_us = max(flops / self.flops_per_us, read / self.bytes_per_us)
         if call.grad:
-            return _TRAINING_HOST * host_us, _TRAINING_DEVICE * device_us
+            return TRAINING_HOST * host_us, TRAINING_DEVICE * device_us
         return host_us, device_us
 
 
