@@ -3,10 +3,13 @@
 Run from the repository's root: ``python -m benchmarks.models --help``. Models have the shapes of
 real ones and random weights. Times are wall times of one forward, generation or training step with
 the device synchronised before and after; compare ratios within one run, not times between runs.
+Generations take turns, one token each, and their times are the sums of these: a host that others
+use is slow for seconds, which would otherwise be that of one implementation and not of the next.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -22,6 +25,7 @@ import smartattn
 
 from . import common
 from .common import FEWEST_ROUNDS, mean_of, number, timed
+from .turns import Turn, Turns, by_forwards, twin
 
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "smart")
 #: Seconds that each implementation runs between its first call and the rounds, and calls at least.
@@ -356,19 +360,42 @@ def measure(
     stop = time.perf_counter() + seconds
     fewest = MORE_ROUNDS.get(workload.task, FEWEST_ROUNDS)
     order, shuffle = list(times), random.Random(0)
-    for number_ in range(1, rounds + 1):
-        # Whoever comes first or after another must not always be the same.
-        shuffle.shuffle(order)
-        for name in order:
-            model.set_attn_implementation(name)
-            times[name].append(timed(lambda: run(number_), device)[0])  # noqa: B023
-        result.rounds = number_
-        now = time.perf_counter()
-        if (number_ >= fewest and now > stop) or (number_ >= FEWEST_ROUNDS and now > end):
-            break
+    calls = _by_tokens(workload, model, device, order) if workload.task == "generate" else {}
+    with Turns(calls, device) as turns:
+        for name in calls:
+            # What the copy or its thread has not done yet is not what is timed.
+            for _ in range(FEWEST_WARM_UPS):
+                turns.alone(name)
+        for number_ in range(1, rounds + 1):
+            # Whoever comes first or after another must not always be the same.
+            shuffle.shuffle(order)
+            if calls:
+                for name, ms in turns.round(order).items():
+                    times[name].append(ms)
+            else:
+                for name in order:
+                    model.set_attn_implementation(name)
+                    times[name].append(timed(lambda: run(number_), device)[0])  # noqa: B023
+            result.rounds = number_
+            now = time.perf_counter()
+            if (number_ >= fewest and now > stop) or (number_ >= FEWEST_ROUNDS and now > end):
+                break
     for name, values_ms in times.items():
         result.median_ms[name], result.spread_ms[name] = common.middle(values_ms)
     return result
+
+
+def _by_tokens(
+    workload: Workload, model: Any, device: torch.device, names: Sequence[str]
+) -> dict[str, Callable[[Turn], Any]]:
+    """A generation under each implementation, in turns of one token."""
+    calls = {}
+    for name in names:
+        other = twin(model)
+        other.set_attn_implementation(name)
+        run, _ = task(workload, other, device, 1)
+        calls[name] = by_forwards(other, functools.partial(run, 0))
+    return calls
 
 
 def _compare(

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from benchmarks import (
     skipping,
 )
 from benchmarks.common import Budget, Run
+from benchmarks.turns import Turn, Turns, by_forwards, twin
 
 from smartattn.backends import BACKENDS
 
@@ -479,3 +481,62 @@ def test_decoding_by_blocks_and_by_parts(
             run_main(decode.main, monkeypatch, "--tiny", "--device", "cpu", option)
     assert "needs flash-attn" in (said := capsys.readouterr().err)
     assert "needs a GPU" in said
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+
+def test_calls_take_turns_and_each_one_has_its_own_time() -> None:
+    said: list[str] = []
+
+    def call(name: str, parts: int, seconds: float) -> Any:
+        def run(turn: Turn) -> str:
+            for part in range(parts):
+                if part:
+                    turn()
+                said.append(f"{name}{part}")
+                time.sleep(seconds)
+            return name
+
+        return run
+
+    with Turns({"a": call("a", 3, 0.02), "b": call("b", 2, 0.0)}, CPU) as turns:
+        assert turns.alone("b") == "b"
+        said.clear()
+        ms = turns.round(["b", "a"])
+        assert said == ["b0", "a0", "b1", "a1", "a2"]
+        # The other one's waiting is not its own time.
+        assert 60.0 <= ms["a"] < 200.0
+        assert ms["b"] < 20.0
+        said.clear()
+        turns.round(["a", "b"])
+        assert said == ["a0", "b0", "a1", "b1", "a2"]
+
+
+def test_an_error_in_a_turn_is_raised() -> None:
+    def wrong(turn: Turn) -> None:
+        turn()
+        raise ValueError("in the second turn")
+
+    with (
+        Turns({"wrong": wrong, "right": lambda turn: None}, CPU) as turns,
+        pytest.raises(ValueError, match="second turn"),
+    ):
+        turns.round(["right", "wrong"])
+
+
+def test_twins_share_weights_and_nothing_else() -> None:
+    model = models.build("tiny-llama", CPU, torch.float32)
+    other = twin(model)
+    other.set_attn_implementation("smart")
+    assert model.config._attn_implementation != "smart"
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert mine is its
+    begun = []
+    ids = torch.ones(1, 4, dtype=torch.long)
+    call = by_forwards(
+        other, lambda: other.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3)
+    )
+    assert call(lambda: begun.append(1)).shape == (1, 7)
+    assert len(begun) == 2
+    assert not other._forward_pre_hooks

@@ -143,8 +143,8 @@ class _Frame:
 _FRAME: ContextVar[_Frame | None] = ContextVar("smartattn_forward", default=None)
 
 
-#: What the layers of each model take the host: it outlives the hooks, so that a ``with`` block around
-#: every forward learns as well.
+#: What the layers of each model take the host: it outlives the hooks, so that a ``with`` block
+#: around every forward learns as well.
 _HOSTS: weakref.WeakKeyDictionary[nn.Module, HostTimes] = weakref.WeakKeyDictionary()
 
 #: Held while the hooks of later layers are registered; models with hooks can be copied.
