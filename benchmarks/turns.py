@@ -23,6 +23,16 @@ T = TypeVar("T")
 Turn = Callable[[], None]
 
 
+def _no_turn() -> None:
+    """Goes on."""
+
+
+def _use(device: torch.device) -> None:
+    """Makes a thread launch where the others do."""
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class _Player:
     """One call, which runs in a thread of its own while it holds the baton.
 
@@ -32,15 +42,16 @@ class _Player:
     def __init__(self, name: str, call: Callable[[Turn], Any], device: torch.device) -> None:
         self._call = call
         self._device = device
-        self._threads = ThreadPoolExecutor(1, name)
+        self._threads = ThreadPoolExecutor(1, name, _use, (device,))
         self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._ms = 0.0
+        self._stopped = False
         #: The turn just played was the last one.
         self.over = False
 
     def alone(self) -> Any:
         """What the call returns, in one turn."""
-        return self._threads.submit(self._call, lambda: None).result()
+        return self._threads.submit(self._call, _no_turn).result()
 
     def begin(self) -> Future[float]:
         """Lines up for :meth:`play`; the future is of the milliseconds of all turns."""
@@ -52,15 +63,18 @@ class _Player:
         self._back.acquire()
 
     def close(self) -> None:
+        self._stopped = True
+        self._mine.release()
         self._threads.shutdown()
 
     def _run(self) -> float:
         self._ms, self.over = 0.0, False
-        self._begin_turn()
         try:
+            self._begin_turn()
             self._call(self._turn)
-        finally:
             self._end_turn()
+        finally:
+            # Whatever went wrong, the others must not wait for it.
             self.over = True
             self._back.release()
         return self._ms
@@ -72,6 +86,8 @@ class _Player:
 
     def _begin_turn(self) -> None:
         self._mine.acquire()
+        if self._stopped:
+            raise RuntimeError("the round was broken off")
         self._started = time.perf_counter()
 
     def _end_turn(self) -> None:

@@ -71,6 +71,11 @@ def check_profile(content: bytes) -> str:
             raise Finding(f"predicts {predicted}")
     found.rule(_PLAN, _CALL)
     stack_rule(found.padding_free, "cpu", 0.3, 1e6)
+    if found.layers is not None:
+        for causal in (False, True):
+            us = found.layers.forward_us(causal, 128, 8192, 10**6, 1e11)
+            if us is not None and not (math.isfinite(us) and us >= 0):
+                raise Finding(f"layers take {us}")
     if profile.parse(found.to_json().encode()) != found:
         raise Finding("does not survive being saved")
     return "taken"
@@ -129,6 +134,8 @@ def corpus(target: str) -> list[bytes]:
             "padding_free": [{"when": {"device": "cpu", "min_padding_share": 0.1,
                                        "min_work": 1e6, "min_spared_work": 1e5},
                               "pack": True, "because": "b"}],
+            "surroundings": {"host_us": 500.0, "flops_per_us": 8e8, "bytes_per_us": 4e6},
+            "layers": {"encoder": 2.27, "decoder": 3.53, "width": 1000.0},
             "thresholds": [threshold],
             "costs": [cost, {**cost, "backend": "sdpa_unpadded"}],
         }  # fmt: skip

@@ -525,6 +525,25 @@ def test_an_error_in_a_turn_is_raised() -> None:
         turns.round(["right", "wrong"])
 
 
+def test_a_device_that_fails_or_a_round_that_is_broken_off_hangs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def twice(turn: Turn) -> None:
+        turn()
+
+    def fails(device: torch.device) -> None:
+        raise RuntimeError("the device is gone")
+
+    with Turns({"a": twice, "b": twice}, CPU) as turns:
+        with monkeypatch.context() as patch:
+            patch.setattr("benchmarks.turns.synchronize", fails)
+            with pytest.raises(RuntimeError, match="device is gone"):
+                turns.round(["a", "b"])
+        waiting = turns._players["a"].begin()
+    # Its turn never came.
+    assert "broken off" in str(waiting.exception(timeout=10))
+
+
 def test_twins_share_weights_and_nothing_else() -> None:
     model = models.build("tiny-llama", CPU, torch.float32)
     other = twin(model)

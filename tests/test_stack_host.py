@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import time
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AlbertConfig, AlbertModel, PreTrainedModel
 
 import smartattn
-from smartattn import padding_free, profiles, stack_choice
+from smartattn import padding_free, profiles, stack_choice, stacks
 from smartattn.profile import Profile
 from smartattn.samples import StackSample
 from smartattn.stack_choice import WAITS_FOR_HOST
 from smartattn.stack_fit import fit_layer_times, weights
-from smartattn.stack_host import HostTimes, LayerTimes, multiplications
+from smartattn.stack_host import HostTimes, LayerTimes, Watch, multiplications
 from smartattn.stack_measure import LAYERS, Kind, Stack, batch_of, build
 from smartattn.stack_rule import StackRule, StackWhen
 from smartattn.stacks import find_stack
@@ -30,7 +32,8 @@ CPU = torch.device("cpu")
 GPU = HEADER.model_copy(
     update={"device": HEADER.device.model_copy(update={"kind": "cuda", "threads": None})}
 )
-IDS, LEFT = token_ids(3, WIDTH), MASKS["left"]
+IDS = token_ids(3, WIDTH)
+LEFT, RIGHT = MASKS["left"], MASKS["right"]
 
 
 # -- what the device takes -------------------------------------------------------------------------
@@ -90,15 +93,54 @@ def test_layers_that_run_several_times_count_as_often() -> None:
 def test_the_shortest_of_the_last_forwards_counts() -> None:
     host = HostTimes()
     for us in (9.0, 5.0):
-        host.add(us, False)
-        assert host.least(False) is None
-    host.add(7.0, False)
-    assert host.least(False) == 5.0
-    assert host.least(True) is None
+        host.add("a", us)
+        assert host.least("a") is None
+    host.add("a", 7.0)
+    assert host.least("a") == 5.0
+    assert host.least("b") is None
     for _ in range(8):
-        host.add(6.0, False)
-    assert host.least(False) == 6.0
+        host.add("a", 6.0)
+    assert host.least("a") == 6.0
     assert [host.again() for _ in range(96)].count(True) == 3
+    for other in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
+        assert other.least("a") is None
+
+
+def host_of(us: float) -> HostTimes:
+    host = HostTimes()
+    for _ in range(3):
+        host.add("a", us)
+    return host
+
+
+@pytest.mark.parametrize(
+    ("padded_us", "training", "waits"),
+    [
+        (102.0, False, True),
+        (104.0, False, False),
+        # Three times the device's time against twice the host's.
+        (68.0, True, True),
+        (69.0, True, False),
+    ],
+)
+def test_where_a_forward_waits_for_the_host(padded_us: float, training: bool, waits: bool) -> None:
+    assert Watch(host_of(100.0), "a", padded_us, 50.0, training).waits_for_host is waits
+    assert not Watch(host_of(100.0), "b", padded_us, 50.0, training).waits_for_host
+
+
+def test_times_that_may_be_the_devices_are_not_taken_down() -> None:
+    host = HostTimes()
+    for _ in range(3):
+        Watch(host, "a", 200.0, 71.0, False).took(100.0)
+    assert host.least("a") is None
+    for _ in range(3):
+        Watch(host, "a", 200.0, 69.0, False).took(100.0)
+    assert host.least("a") == 100.0
+    Watch(host, "a", 200.0, 90.0, False).took(110.0)
+    assert host.least("a") == 100.0
+    # The host takes no longer than that.
+    Watch(host, "a", 200.0, 90.0, False).took(95.0)
+    assert host.least("a") == 95.0
 
 
 # -- what is made of it ----------------------------------------------------------------------------
@@ -114,11 +156,13 @@ def in_force(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     monkeypatch.setattr(stack_choice, "profile_for", lambda device: profile)
 
 
-def forwards(model: PreTrainedModel, count: int) -> list[tuple[bool, str]]:
+def forwards(
+    model: PreTrainedModel, count: int, mask: torch.Tensor = MASKS["left"]
+) -> list[tuple[bool, str]]:
     found = []
     for _ in range(count):
         with smartattn.trace() as trace:
-            model(input_ids=IDS, attention_mask=LEFT)
+            model(input_ids=IDS, attention_mask=mask)
         (row,) = trace.stacks
         found.append((row.packed, row.reason))
     return found
@@ -191,15 +235,107 @@ def test_autocast_decides_by_what_the_layers_compute_in(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
-def test_copies_keep_their_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_learn_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     in_force(monkeypatch, 1e-6)
     model = tiny_model("llama", "smart", torch.bfloat16)
     with padding_free(model):
-        forwards(model, 4)
+        assert not forwards(model, 4)[-1][0]
         other: Any = copy.deepcopy(model)
+        assert [packed for packed, _ in forwards(other, 4)] == [True, True, True, False]
+        assert not forwards(model, 1)[-1][0]
+    smartattn.padded(other)
     expected = model(input_ids=IDS, attention_mask=LEFT).logits
     found = other(input_ids=IDS, attention_mask=LEFT).logits
     assert_agree(found.float(), expected.float(), where=LEFT)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@torch.no_grad()
+def test_what_a_forward_is_watched_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The device's times are those of all layers, of its own kind, with and without padding."""
+    causal = name == "llama"
+    # A BERT's first position is pooled.
+    mask = LEFT if causal else RIGHT
+    times = LayerTimes(encoder=1e6, decoder=3e6, width=10.0)
+    profile = Profile(
+        name="made up",
+        padding_free=(StackRule(when=StackWhen(), pack=True, because="a test"),),
+        layers=times,
+    )
+    monkeypatch.setattr(stack_choice, "profile_for", lambda device: profile)
+    made: list[Watch] = []
+    monkeypatch.setattr(Watch, "took", lambda watch, us: made.append(watch))
+    model = tiny_model(name, "smart", torch.bfloat16)
+    with padding_free(model):
+        forwards(model, 1, mask)
+    (watch,) = made
+    config, stack = model.config, find_stack(model)
+    hidden = config.hidden_size * config.num_hidden_layers
+    rate = 3e-3 if causal else 1e-3
+    for us, length in (
+        (watch.padded_us, WIDTH),
+        (watch.packed_us, float(mask.sum()) / len(mask)),
+    ):
+        work = stack.weights + 12 * 10.0 * hidden + (1 if causal else 2) * length * hidden
+        assert us == pytest.approx(rate * len(mask) * length * work)
+    assert watch.key == (CPU, torch.bfloat16, False)
+    assert not watch.training
+
+
+@pytest.mark.parametrize("case", ["deterministic", "ranks", "quantised", "no weights"])
+@torch.no_grad()
+def test_where_the_clock_must_not_decide(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    in_force(monkeypatch, 1e-6)
+    model = tiny_model("llama", "smart", torch.bfloat16)
+    if case == "ranks":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    elif case == "quantised":
+        model.config.quantization_config = {"quant_method": "a test"}
+    elif case == "no weights":
+        monkeypatch.setattr(stacks, "_weights", lambda module: 0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(case == "deterministic")
+    try:
+        with padding_free(model):
+            assert all(packed for packed, _ in forwards(model, 5))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_learn_as_others(
+    monkeypatch: pytest.MonkeyPatch, reentrant: bool
+) -> None:
+    in_force(monkeypatch, 1e-6)
+    model = tiny_model("llama", "smart", torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with padding_free(model):
+        assert [packed for packed, _ in forwards(model, 4)] == [True, True, True, False]
+
+
+@torch.no_grad()
+def test_times_in_one_dtype_say_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_force(monkeypatch, 1e-6)
+    model = tiny_model("llama", "smart", torch.bfloat16)
+    with padding_free(model):
+        assert not forwards(model, 4)[-1][0]
+        model.half()
+        assert [packed for packed, _ in forwards(model, 4)] == [True, True, True, False]
+
+
+def test_layers_with_sizes_count_by_them() -> None:
+    """Quantised ones have buffers, or several numbers in one; adapters have the layer inside."""
+    quantised = nn.Module()
+    quantised.in_features, quantised.out_features = 8, 4
+    quantised.register_buffer("packed", torch.zeros(4, 2))
+    assert stacks._weights(quantised) == 32
+    adapter = nn.Module()
+    adapter.in_features, adapter.out_features = 8, 4
+    adapter.base_layer = nn.Linear(8, 4)
+    assert sum(map(stacks._weights, adapter.modules())) == 32
+    assert stacks._weights(nn.LayerNorm(8)) == 0
 
 
 def test_the_shipped_profile_knows_its_device() -> None:

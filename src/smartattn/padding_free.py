@@ -35,7 +35,7 @@ from .packed_stack import (
 )
 from .plan import Plan
 from .stack_choice import Request, exactness_refusal, worth
-from .stack_host import HostTimes
+from .stack_host import HostTimes, Watch
 from .stacks import Stack, find_stack, parameter_names
 
 logger = logging.getLogger("smartattn")
@@ -115,8 +115,8 @@ class _Frame:
     """
 
     __slots__ = (
-        "arguments", "asked", "decided", "given", "guard", "hooks", "opener", "outer", "packing",
-        "reason", "started", "token",
+        "arguments", "asked", "decided", "given", "grad", "guard", "hooks", "opener", "outer",
+        "packing", "reason", "token", "watched",
     )  # fmt: skip
 
     def __init__(self, hooks: _Hooks, opener: nn.Module) -> None:
@@ -131,8 +131,9 @@ class _Frame:
         self.reason: str | None = None
         self.decided = False
         self.packing: Packing | None = None
-        #: When the host began to pack; None once the layers are through.
-        self.started: float | None = None
+        #: What the layers are watched for, and since when; None once they are through.
+        self.watched: tuple[Watch, float] | None = None
+        self.grad = torch.is_grad_enabled()
         #: What the last layer of each state got, for the next one.
         self.arguments: dict[_State, _Arguments] = {}
         self.outer = _FRAME.get()
@@ -261,9 +262,10 @@ class _Hooks:
         frame = self._frame()
         if frame is None or frame.packing is None:
             return None
-        if frame.started is not None:
-            self.host.add((time.perf_counter() - frame.started) * 1e6, torch.is_grad_enabled())
-            frame.started = None
+        if frame.watched is not None:
+            watch, started = frame.watched
+            watch.took((time.perf_counter() - started) * 1e6)
+            frame.watched = None
         packing = frame.packing
         output = _unpacked(output, packing)
         if module is not self.stack.base or module is self.stack.module:
@@ -349,10 +351,10 @@ class _Hooks:
             if reason is None:
                 states = values.pop(names[0])
                 last = reads_last(frame.given)
-                request = Request(self.stack, plan, states, values, settings, last)
+                request = Request(self.stack, plan, states, values, settings, last, frame.grad)
                 # The cheaper question first: small batches wait for the host.
+                packs, reason, watch = worth(request, self.always, self.host)
                 started = time.perf_counter()
-                packs, reason = worth(request, self.always, self.host)
             if packs:
                 packing, packed = Packing(plan), packed_plan(plan)
                 refusal = self._refusal(frame) or exactness_refusal(request, packing, packed)
@@ -361,7 +363,8 @@ class _Hooks:
                 if refusal is None and not self._arm():
                     refusal = "padding_free was undone during this forward"
                 if refusal is None:
-                    frame.packing, frame.started = packing, started
+                    frame.packing = packing
+                    frame.watched = None if watch is None else (watch, started)
                 else:
                     packs, reason = False, refusal
             _record(self.stack.name, plan, packs, reason, settings)

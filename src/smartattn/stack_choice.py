@@ -16,10 +16,9 @@ from .packed_stack import Packing, argument_refusal
 from .plan import Padding, Plan
 from .profile import Profile
 from .profiles import profile_for, stack_rules
-from .stack_host import HostTimes
-from .stack_rule import MARGIN, StackRule, StackWhen, stack_rule
+from .stack_host import HostTimes, Watch
+from .stack_rule import StackRule, StackWhen, stack_rule
 from .stacks import Head, Stack
-from .surroundings import TRAINING_DEVICE, TRAINING_HOST
 
 #: Why nothing is packed under ``pad_output="sdpa"``.
 KEEPS_PADDING = "padding positions of the output are to be kept"
@@ -42,6 +41,7 @@ class Request:
         states: its hidden states, (batch, length, hidden).
         arguments: all others, by name.
         reads_last: the caller may be after the logits of the last position alone.
+        grad: gradients were recorded when the forward began; checkpointed layers begin without.
     """
 
     stack: Stack
@@ -50,6 +50,7 @@ class Request:
     arguments: dict[str, Any]
     settings: Settings
     reads_last: bool
+    grad: bool
 
 
 def exactness_refusal(request: Request, packing: Packing, packed: Plan) -> str | None:
@@ -162,35 +163,66 @@ class Worth:
         return rule if self.because is None else f"{rule}: {self.because}"
 
 
-def worth(request: Request, always: bool, host: HostTimes) -> tuple[bool, str]:
-    """Whether packing is worth its copies by the profile in force and on this host, and why."""
+def worth(request: Request, always: bool, host: HostTimes) -> tuple[bool, str, Watch | None]:
+    """Whether packing is worth its copies by the profile in force and on this host, and why.
+
+    Returns:
+        Also what the packed forward is watched for; None if it is not.
+    """
     if always:
-        return True, "asked for whenever it is exact"
+        return True, "asked for whenever it is exact", None
     profile = profile_for(request.plan.device)
     found = pays(request.plan, request.states.shape[-1], profile)
-    if not (found.packs and _waits_for_host(request, host, profile)):
-        return found.packs, found.reason
+    if not found.packs:
+        return False, found.reason, None
+    watch = _watch(request, host, profile)
+    if watch is None or not watch.waits_for_host:
+        return True, found.reason, watch
     if host.again():
-        return True, "to see whether the host still takes longer than the device"
-    return False, WAITS_FOR_HOST
+        return True, "to see whether the host still takes longer than the device", watch
+    return False, WAITS_FOR_HOST, None
 
 
-def _waits_for_host(request: Request, host: HostTimes, profile: Profile) -> bool:
-    """Whether the host takes longer here for the packed layers than the device for the padded."""
+def _watch(request: Request, host: HostTimes, profile: Profile) -> Watch | None:
+    """What a forward is watched for; None where the time of a host must not or cannot decide.
+
+    Packed and padded batches differ within the noise of their dtype, so that the same forward
+    would not always give the same bits; and what one process of several finds, others may not.
+    """
     plan, stack, states = request.plan, request.stack, request.states
-    grad = torch.is_grad_enabled()
-    host_us = host.least(grad)
-    if profile.layers is None or host_us is None or _dtype(states).itemsize != 2:
-        return False
-    layers = max(len(stack.layers), getattr(stack.base.config, "num_hidden_layers", None) or 0)
-    device_us = profile.layers.forward_us(
-        plan.is_causal, plan.batch, plan.q_len, states.shape[-1] * layers, stack.weights
+    times, dtype, config = profile.layers, _dtype(states), stack.base.config
+    if (
+        times is None
+        or dtype.itemsize != 2
+        or torch.are_deterministic_algorithms_enabled()
+        or _has_company()
+        # Other kernels, of which nothing was timed.
+        or getattr(config, "quantization_config", None) is not None
+    ):
+        return None
+    weights = host.weights(stack)
+    if not weights:
+        return None
+    width = states.shape[-1] * max(len(stack.layers), getattr(config, "num_hidden_layers", 0) or 0)
+    padded_us, packed_us = (
+        times.forward_us(plan.is_causal, plan.batch, length, width, weights)
+        for length in (plan.q_len, plan.real_q / plan.batch)
     )
-    if device_us is None:
-        return False
-    if grad:
-        device_us, host_us = TRAINING_DEVICE * device_us, TRAINING_HOST * host_us
-    return device_us < (1 + MARGIN) * host_us
+    if padded_us is None or packed_us is None:
+        return None
+    key = (states.device, dtype, request.grad)
+    training = request.grad and stack.root.training
+    return Watch(host, key, padded_us, packed_us, training)
+
+
+def _has_company() -> bool:
+    """Whether other processes may have to make the same choice: ranks that share a model."""
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def _dtype(states: torch.Tensor) -> torch.dtype:

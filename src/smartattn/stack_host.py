@@ -8,18 +8,26 @@ not: two machines with the same GPU differ twofold, and so do two models of one 
 from __future__ import annotations
 
 from collections import deque
-from typing import Annotated
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from .machine import Record
-from .stack_rule import MAX_WIDTH
+from .stack_rule import MARGIN, MAX_WIDTH
+from .surroundings import TRAINING_DEVICE, TRAINING_HOST
+
+if TYPE_CHECKING:
+    from .stacks import Stack
 
 #: Packed forwards that are remembered, and how many are needed to go by them: the first ones load
 #: and build.
 _REMEMBERED, _FEWEST = 8, 3
 #: Of so many batches that stay padded for the host's sake one is packed, to see whether it must.
 _AGAIN = 32
+#: A host that took less than the device's time over this may have waited for the device.
+_DEVICE_BOUND = 0.7
 #: In units of weights x tokens: what a token's products with keys and values count, per key.
 _PER_KEY = 2.0
 #: Weights in multiples of hidden x (hidden + width), see ``StackWhen.width``.
@@ -41,13 +49,13 @@ class LayerTimes(Record):
     width: Annotated[float, Field(ge=0.0, le=MAX_WIDTH)] = 0.0
 
     def forward_us(
-        self, causal: bool, batch: int, length: int, hidden: int, weights: float
+        self, causal: bool, batch: int, length: float, hidden: int, weights: float
     ) -> float | None:
         """What the device takes for a forward of the layers, padding included; None if unknown.
 
         Args:
-            hidden: size of the hidden states, once per layer.
-            weights: how many numbers a token is multiplied by in one layer.
+            hidden: size of the hidden states, times the number of layers.
+            weights: how many numbers a token is multiplied by in all these layers.
         """
         rate = self.decoder if causal else self.encoder
         if rate is None:
@@ -56,9 +64,9 @@ class LayerTimes(Record):
 
 
 def multiplications(
-    causal: bool, batch: int, length: int, hidden: int, weights: float, width: float
+    causal: bool, batch: int, length: float, hidden: int, weights: float, width: float
 ) -> float:
-    """Those of a layer, with what its reads and writes are worth."""
+    """Those of layers, with what their reads and writes are worth."""
     attention = _PER_KEY * length * hidden * (0.5 if causal else 1.0)
     return batch * length * (weights + _WIDTH_WEIGHTS * width * hidden + attention)
 
@@ -66,26 +74,75 @@ def multiplications(
 class HostTimes:
     """What the host took for the packed layers of one model, in the last forwards here.
 
-    The time from the choice to the end of the last layer is that of the launches wherever the
-    device is ahead of them, and where it is not, that of the device for the packed batch: either
-    way what the padded batch has to exceed for packing to pay.
+    Copies begin anew, whether they are made in this process or saved for another machine.
     """
 
     def __init__(self) -> None:
-        # A forward that autograd records costs the host more.
-        self._us = {grad: deque[float](maxlen=_REMEMBERED) for grad in (False, True)}
+        self._us: dict[Hashable, deque[float]] = {}
         self._passed = 0
+        self._weights: float | None = None
 
-    def add(self, us: float, grad: bool) -> None:
-        """Takes down one packed forward."""
-        self._us[grad].append(us)
+    def __reduce__(self) -> tuple[type[HostTimes], tuple[()]]:
+        return HostTimes, ()
 
-    def least(self, grad: bool) -> float | None:
+    def weights(self, stack: Stack) -> float:
+        """Those of the model's stack, counted once."""
+        if self._weights is None:
+            self._weights = stack.weights
+        return self._weights
+
+    def add(self, key: Hashable, us: float) -> None:
+        """Takes down one packed forward.
+
+        Args:
+            key: what the time depends on, beside the machine.
+        """
+        self._us.setdefault(key, deque(maxlen=_REMEMBERED)).append(us)
+
+    def least(self, key: Hashable) -> float | None:
         """The shortest of the last: other work on a machine only ever adds; None for too few."""
-        known = tuple(self._us[grad])
+        known = tuple(self._us.get(key, ()))
         return min(known) if len(known) >= _FEWEST else None
 
     def again(self) -> bool:
         """Whether it is time to pack a batch that would stay padded."""
         self._passed += 1
         return self._passed % _AGAIN == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One forward whose layers are timed on the host if they are packed.
+
+    Args:
+        key: see :meth:`HostTimes.add`.
+        padded_us: what the device takes for a forward of the padded layers, in microseconds.
+        packed_us: and for the packed ones.
+        training: a backward follows.
+    """
+
+    host: HostTimes
+    key: Hashable
+    padded_us: float
+    packed_us: float
+    training: bool
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the host takes longer for packed layers than the device for these, padded."""
+        host_us, device_us = self.host.least(self.key), self.padded_us
+        if host_us is None:
+            return False
+        if self.training:
+            device_us, host_us = TRAINING_DEVICE * device_us, TRAINING_HOST * host_us
+        return device_us < (1 + MARGIN) * host_us
+
+    def took(self, us: float) -> None:
+        """Takes down what the host took for these layers, packed.
+
+        Where that may be the device's time, for which a host that is far ahead has to wait, it says
+        no more than that the host takes no longer.
+        """
+        least = self.host.least(self.key)
+        if self.packed_us < _DEVICE_BOUND * us or (least is not None and us < least):
+            self.host.add(self.key, us)

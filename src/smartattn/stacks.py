@@ -268,8 +268,10 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 def _weights(module: nn.Module) -> int:
     """Numbers of a module's own matrices; quantised ones hold several in one element."""
-    if isinstance(module, nn.Linear):
-        return module.in_features * module.out_features
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    # Adapters repeat the sizes of the layer inside of them.
+    if not module._modules and isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0] * sizes[1]
     return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
