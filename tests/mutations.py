@@ -326,8 +326,8 @@ MUTATIONS = (
     Mutation(
         "padding-free: the device's time is that of one layer",
         "stack_choice.py",
-        "width = states.shape[-1] * max(",
-        "width = states.shape[-1] + 0 * max(",
+        "hidden = states.shape[-1] * stack.depth",
+        "hidden = states.shape[-1]",
         STACK_HOST,
     ),
     Mutation(
@@ -382,7 +382,7 @@ MUTATIONS = (
     Mutation(
         "padding-free: layers that run several times count once",
         "stacks.py",
-        "return total * max(1.0, runs / len(self.layers))",
+        "return total * self.depth / len(self.layers)",
         "return total",
         STACK_HOST,
     ),

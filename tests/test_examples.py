@@ -25,6 +25,8 @@ from smartattn.backends import base
 from smartattn.call import Call
 from smartattn.integration import smart_attention
 from smartattn.plan import Pattern, Plan
+from smartattn.profile import load
+from smartattn.profiles import shipped_profiles
 
 from . import real_models
 
@@ -367,6 +369,15 @@ def test_the_generation_that_was_timed_twice_is_told_with_both() -> None:
         ratios.append(one["median_ms"]["smart"] / min(others))
     assert f"{ratios[0]:.2f} in turns of one token" in README
     assert f"[{ratios[1]:.2f}](docs/reports/h200/models_generations_again.json)" in README
+
+
+def test_the_shipped_times_of_layers_are_those_of_the_report() -> None:
+    layers = load(shipped_profiles() / "nvidia-h200.json").layers
+    assert layers is not None
+    report = json.loads((ROOT / "docs/reports/h200/padding_free.json").read_text())["results"]
+    (ms,) = (r["median_ms"]["smart"] for r in report if "bert-large forward 128x" in r["workload"])
+    us = layers.forward_us(False, 128, 512, 1024 * 24, 12.0 * 1024**2 * 24)
+    assert us == pytest.approx(1e3 * ms, rel=0.15)
 
 
 def test_files_named_in_the_documents_exist() -> None:

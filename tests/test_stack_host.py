@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel, PreTrainedModel
 
 import smartattn
-from smartattn import padding_free, profiles, stack_choice, stacks
+from smartattn import padding_free, stack_choice, stacks
 from smartattn.profile import Profile
 from smartattn.samples import StackSample
 from smartattn.stack_choice import WAITS_FOR_HOST
@@ -146,12 +146,14 @@ def test_times_that_may_be_the_devices_are_not_taken_down() -> None:
 # -- what is made of it ----------------------------------------------------------------------------
 
 
-def in_force(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
-    """A profile under which everything pays, of a device of that rate."""
+def in_force(monkeypatch: pytest.MonkeyPatch, times: LayerTimes | float) -> None:
+    """A profile under which everything pays, of a device of those times, or of one rate."""
+    if isinstance(times, float):
+        times = LayerTimes(encoder=times, decoder=times)
     profile = Profile(
         name="made up",
         padding_free=(StackRule(when=StackWhen(), pack=True, because="a test"),),
-        layers=LayerTimes(encoder=rate, decoder=rate),
+        layers=times,
     )
     monkeypatch.setattr(stack_choice, "profile_for", lambda device: profile)
 
@@ -256,13 +258,7 @@ def test_what_a_forward_is_watched_for(monkeypatch: pytest.MonkeyPatch, name: st
     causal = name == "llama"
     # A BERT's first position is pooled.
     mask = LEFT if causal else RIGHT
-    times = LayerTimes(encoder=1e6, decoder=3e6, width=10.0)
-    profile = Profile(
-        name="made up",
-        padding_free=(StackRule(when=StackWhen(), pack=True, because="a test"),),
-        layers=times,
-    )
-    monkeypatch.setattr(stack_choice, "profile_for", lambda device: profile)
+    in_force(monkeypatch, LayerTimes(encoder=1e6, decoder=3e6, width=10.0))
     made: list[Watch] = []
     monkeypatch.setattr(Watch, "took", lambda watch, us: made.append(watch))
     model = tiny_model(name, "smart", torch.bfloat16)
@@ -336,12 +332,3 @@ def test_layers_with_sizes_count_by_them() -> None:
     adapter.base_layer = nn.Linear(8, 4)
     assert sum(map(stacks._weights, adapter.modules())) == 32
     assert stacks._weights(nn.LayerNorm(8)) == 0
-
-
-def test_the_shipped_profile_knows_its_device() -> None:
-    shipped = profiles.shipped_profiles() / "nvidia-h200.json"
-    layers = profiles.load(shipped).layers
-    assert layers is not None
-    # BERT-large, 128 x 512, by docs/reports/h200/padding_free.md: 86.64 ms under smart.
-    us = layers.forward_us(False, 128, 512, 1024 * 24, 12.0 * 1024**2 * 24)
-    assert us == pytest.approx(86_640, rel=0.15)

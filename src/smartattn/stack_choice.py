@@ -190,22 +190,22 @@ def _watch(request: Request, host: HostTimes, profile: Profile) -> Watch | None:
     would not always give the same bits; and what one process of several finds, others may not.
     """
     plan, stack, states = request.plan, request.stack, request.states
-    times, dtype, config = profile.layers, _dtype(states), stack.base.config
+    times, dtype = profile.layers, _dtype(states)
     if (
         times is None
         or dtype.itemsize != 2
         or torch.are_deterministic_algorithms_enabled()
         or _has_company()
         # Other kernels, of which nothing was timed.
-        or getattr(config, "quantization_config", None) is not None
+        or getattr(stack.base.config, "quantization_config", None) is not None
     ):
         return None
     weights = host.weights(stack)
     if not weights:
         return None
-    width = states.shape[-1] * max(len(stack.layers), getattr(config, "num_hidden_layers", 0) or 0)
+    hidden = states.shape[-1] * stack.depth
     padded_us, packed_us = (
-        times.forward_us(plan.is_causal, plan.batch, length, width, weights)
+        times.forward_us(plan.is_causal, plan.batch, length, hidden, weights)
         for length in (plan.q_len, plan.real_q / plan.batch)
     )
     if padded_us is None or packed_us is None:

@@ -207,13 +207,16 @@ class Stack:
             found.add("s_aux")
         return frozenset(found)
 
-    @functools.cached_property
+    @property
+    def depth(self) -> int:
+        """How many layers a forward runs: ALBERT's are fewer, and run several times."""
+        return max(len(self.layers), getattr(self.base.config, "num_hidden_layers", None) or 0)
+
+    @property
     def weights(self) -> float:
         """How many numbers a token is multiplied by in a forward, those of all experts included."""
         total = sum(_weights(module) for layer in self.layers for module in layer.modules())
-        # ALBERT runs the same layers several times.
-        runs = getattr(self.base.config, "num_hidden_layers", None) or 0
-        return total * max(1.0, runs / len(self.layers))
+        return total * self.depth / len(self.layers)
 
     @property
     def pools_first_token(self) -> bool:
