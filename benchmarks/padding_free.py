@@ -32,8 +32,9 @@ WAYS = ("sdpa", "flash_attention_2", "smart", PADDING_FREE, IDEAL)
 OTHERS = ("sdpa", "flash_attention_2")
 #: Milliseconds below which a call is run once, untimed, after the model was set up for it.
 BRIEF = 50.0
-#: Seconds that such calls get whatever the rounds: the host's scatter is larger than what is asked.
-BRIEF_SECONDS = 8.0
+#: Such calls in one turn. They get all the seconds of their workload: the host's scatter is larger
+#: than what is asked of them.
+BRIEF_CALLS = 5
 
 
 def workloads() -> Iterator[Workload]:
@@ -182,8 +183,8 @@ def measure(
     """Interleaved rounds of all ways on one workload.
 
     Args:
-        rounds, seconds: it ends after so many rounds (brief calls after ``BRIEF_SECONDS``), or so
-            long once ``FEWEST_ROUNDS`` are done.
+        rounds, seconds: it ends after so many rounds, or so long once ``FEWEST_ROUNDS`` are done;
+            brief calls by the seconds alone.
         always: pack whether or not the profile says that it pays.
         end: of ``time.perf_counter()``, when the fewest rounds have to do.
     """
@@ -224,18 +225,20 @@ def measure(
     del reference
     end = min(end, time.perf_counter() + seconds)
     order = list(times)
-    brief_end = min(end, time.perf_counter() + BRIEF_SECONDS)
     for count in itertools.count(1):
-        brief = all(one and one[-1] < BRIEF for one in times.values())
+        brief = all(one and common.middle(one)[0] < BRIEF for one in times.values())
         for name in order:
             run = packed if name == IDEAL else padded
             with way(name, model, always):
                 # A model is set up once and called often; first calls are told elsewhere.
+                calls = 1
                 if not times[name] or times[name][-1] < BRIEF:
                     run()
-                times[name].append(timed(run, device)[0])
+                    calls = BRIEF_CALLS
+                for _ in range(calls):
+                    times[name].append(timed(run, device)[0])
         order.append(order.pop(0))
-        if count >= rounds and (not brief or time.perf_counter() > brief_end):
+        if count >= rounds and not brief:
             break
         if count >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
@@ -348,7 +351,7 @@ def page(runs: list[Run]) -> list[str]:
 
 def main() -> None:
     """Runs the benchmark, prints its table and writes what was asked for."""
-    parser = common.parser(__doc__, rounds=9, seconds=15.0)
+    parser = common.parser(__doc__, rounds=9, seconds=25.0)
     parser.add_argument("--always", action="store_true", help="pack even where it does not pay")
     arguments = parser.parse_args()
     grid = tiny_workloads() if arguments.tiny else workloads()
