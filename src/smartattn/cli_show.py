@@ -268,9 +268,11 @@ def print_thresholds(
         console.print(
             f"asked at {asked}, ... tokens: a change lies anywhere between two of these, where "
             "another one that is about as fast may win; smartattn explain asks any length\n"
-            "measured to: the longest row up to which every backend named there is known from "
-            "calls like this, causal and bidirectional ones together; rows that long come in fewer "
-            "than 8, and of packed sequences it is an eighth of the longest row\n"
+            "measured to: the longest row that every backend named there was timed on, in calls "
+            "of this kind with heads of any size, causal and bidirectional ones together, and "
+            "padding on the right together with none; of packed sequences it is an eighth of that "
+            "row. Not every number of rows was timed at every length, and a change beyond this one "
+            "is extrapolated\n"
             "other numbers of rows and heads have other thresholds",
             soft_wrap=True,
             highlight=False,

@@ -194,7 +194,8 @@ def show(found: Sequence[Map], console: Console) -> None:
     legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
     console.print(
         f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
-        f"{LEAD}, or there is no other; as far as one backend was measured",
+        f"{LEAD}, or there is no other; as far as one backend was measured in calls of "
+        "that kind, whatever their heads, and padding on the right together with none",
         soft_wrap=True,
         highlight=False,
     )

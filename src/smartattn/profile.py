@@ -127,7 +127,8 @@ class Threshold(Record):
     #: what calls add to their layers: they grow without bound where a layer hides its call.
     ratio_of: RatioOf | None = None
     winners: Annotated[tuple[Winner, ...], Field(min_length=1, max_length=1000)]
-    #: The longest key length measured, in tokens, up to which winners were looked for; None in
+    #: The longest key length, in tokens, that all winners were measured at, in calls of the group
+    #: that their cost models were fitted to; a winner from beyond it on is extrapolated. None in
     #: profiles of before.
     measured_to: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
