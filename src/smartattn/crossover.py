@@ -77,7 +77,8 @@ class Map:
 def maps(profile: Profile) -> list[Map]:
     """The maps of a profile, for the dtype and head_dim that most was measured of.
 
-    A map ends at the longest length measured of its kind of call.
+    A map ends at the longest length measured of its kind of call, causal and bidirectional ones
+    together.
     """
     if not profile.costs:
         return []
@@ -195,7 +196,8 @@ def show(found: Sequence[Map], console: Console) -> None:
     console.print(
         f"{legend}; the number: {_captions(found)}, by prediction; none: less than "
         f"{LEAD}, or there is no other; as far as one backend was measured in calls of "
-        "that kind, whatever their heads, and padding on the right together with none",
+        "that kind with heads of any size, causal and bidirectional ones together, and padding on "
+        "the right together with none",
         soft_wrap=True,
         highlight=False,
     )
