@@ -15,6 +15,7 @@ from transformers import (
     StaticCache,
     masking_utils,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import smartattn
 from smartattn.integration import smart_attention
@@ -325,6 +326,26 @@ def test_paged_caches_of_a_model_of_which_a_part_is_smart(monkeypatch: pytest.Mo
     monkeypatch.setitem(mapping, "sdpa", counted)
     assert batched_continuously(model) == expected
     assert calls
+
+
+def test_paged_caches_leave_no_argument_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 5.23 sdpa gets the cache, and knows nothing of sinks."""
+    layer = tiny_model("gpt_oss", "smart").model.layers[0].self_attn
+    states = [torch.randn(1, heads, 4, 8) for heads in (4, 2, 2)]
+    cache = object.__new__(PagedAttentionCache)
+    with pytest.raises(smartattn.UnsupportedCallError, match=r"s_aux.*paged\|eager"):
+        smart_attention(layer, *states, None, cache=cache, s_aux=layer.sinks)
+    seen = {}
+
+    def sdpa(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return states[0], None
+
+    monkeypatch.setattr("smartattn.graphs.sdpa_attention_forward", sdpa)
+    # Lists of tensors are what places in the cache are said by.
+    smart_attention(layer, *states, None, cache=cache, read_index=[torch.arange(4)])
+    assert seen["cache"] is cache
+    assert len(seen["read_index"]) == 1
 
 
 # -- a real model ----------------------------------------------------------------------------------

@@ -366,7 +366,9 @@ def test_generations_that_were_timed_more_than_once_are_told_with_all() -> None:
     assert f"`llama-1b generate 8x512` took {turns:.2f} in turns of one token" in said
     whole = taken("models_generations_again", "generate 8x512")
     assert f"[{whole:.2f}](docs/reports/h200/models_generations_again.json)" in said
-    turns, whole = (taken(f"models{file}", "8x8192 pad50%") for file in ("", "_generations_earlier"))
+    turns, whole = (
+        taken(f"models{file}", "8x8192 pad50%") for file in ("", "_generations_earlier")
+    )
     assert f"8x8192 took {turns:.2f} in turns" in said
     assert f"[{whole:.2f}](docs/reports/h200/models_generations_earlier.json)" in said
 

@@ -446,6 +446,29 @@ def test_output_attentions_is_like_sdpas(name: str) -> None:
     assert_agree(results["smart"][0], results["eager"][0], where=MASKS["left"])
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "deepseek_v32"])
+def test_output_attentions_forgets_no_argument(name: str, padding: str | None) -> None:
+    """Sinks, softcaps and chosen keys are none of sdpa's: the answer is eager's all the same."""
+    if name == "deepseek_v32" and not hasattr(transformers, "DeepseekV32ForCausalLM"):
+        pytest.skip("this Transformers has no DeepSeek-V3.2")
+    model = tiny_model(name)
+    if name == "gpt_oss":
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    mask = None if padding is None else MASKS[padding]
+    inputs = {"input_ids": token_ids(3, WIDTH), "attention_mask": mask}
+    expected = run(model, "eager", **inputs)
+    assert_agree(run(model, "smart", **inputs, output_attentions=True), expected, where=mask)
+    # Without them the answer is another one.
+    changes = {"gemma2": {"attn_logit_softcapping": None}, "deepseek_v32": {"index_topk": WIDTH}}
+    without = tiny_model(name, **changes.get(name, {}))
+    if name == "gpt_oss":
+        for layer in without.model.layers:
+            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)
+    assert_differ(run(without, "eager", **inputs), expected)
+
+
 def test_output_attentions_in_the_configuration_is_refused_like_sdpas(checkpoint: Path) -> None:
     messages = {}
     for implementation in ("sdpa", "smart"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache, masking_utils
 
 import smartattn
 from smartattn.plan import Plan
@@ -16,6 +16,8 @@ from smartattn.plan import Plan
 from .agreement import CACHE, assert_agree, assert_differ, run
 from .tiny_models import from_config, tiny_config, tiny_model, token_ids
 
+#: Older versions of Transformers count chunks by the places of tokens in their row.
+HAS_REMAPPING = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 LENGTHS = (5, 1, 3, 7)
 TOTAL = sum(LENGTHS)
 
@@ -88,6 +90,35 @@ def test_restarting_positions(name: str, start: int, use_cache: bool, no_dense_m
         assert row.backend == "sdpa_unpadded"
         assert row.facts["pattern"] == "packed causal"
         assert row.facts["sequences"] == len(LENGTHS)
+
+
+@pytest.mark.parametrize("positions", [(0, 1, 2, 0, 1), (3, 4, 5, 6, 3), (4, 5, 4, 5, 6)], ids=str)
+def test_chunks_are_counted_by_positions(positions: tuple[int, ...]) -> None:
+    """Five tokens fit into a chunk of five, but not where their positions cross a bound."""
+    model = tiny_model("llama4")
+    inputs = {
+        "input_ids": token_ids(1, 5),
+        "position_ids": torch.tensor([positions]),
+        "use_cache": False,
+    }
+    assert_agree(run(model, "smart", **inputs), run(model, "eager", **inputs))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_chunked_layers_keep_sequences_apart_despite_a_cache(rows: int) -> None:
+    """Chunked and full layers of one forward agree about what a sequence is."""
+    model = tiny_model("llama4")
+    lengths = [(7, 5), (4, 8)][:rows]
+    ids = token_ids(rows, 12)
+    positions = torch.cat([restarting(one) for one in lengths])
+    actual = run(model, "smart", input_ids=ids, position_ids=positions)
+    without_cache = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    assert_agree(actual, run(model, "eager", **without_cache))
+    if HAS_REMAPPING:
+        for row, one in enumerate(lengths):
+            assert_agree(actual[row : row + 1], alone(model, ids[row : row + 1], one))
+    plain = run(model, "smart", input_ids=ids)
+    assert_differ(actual, plain)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -403,6 +403,12 @@ def test_backends_that_would_need_a_mask_of_all_tokens() -> None:
     check_refused(tiny_model("gemma2"), "all tokens", input_ids=IDS, attention_mask=LEFT)
 
 
+def test_a_name_that_only_sounds_like_a_state_space() -> None:
+    """GptOssModel has "ssm" in it, but no state-space layer."""
+    with pytest.raises(ValueError, match="its layers are not among those known"):
+        padding_free(tiny_model("gpt_oss", "smart"))
+
+
 def test_another_implementation_set_later() -> None:
     model = tiny_model("llama", "smart")
     inputs = {"input_ids": IDS, "attention_mask": LEFT}

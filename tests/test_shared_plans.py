@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import threading
@@ -11,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -31,7 +33,7 @@ from smartattn.masking import is_causal_of, smart_mask
 from smartattn.plan import Pattern, Plan
 from smartattn.shared_plans import shared_plan
 
-from .agreement import CACHE, MASKS, WIDTH, assert_agree
+from .agreement import CACHE, MASKS, WIDTH, assert_agree, run
 from .tiny_models import tiny_model, token_ids
 
 IDS = token_ids(3, WIDTH)
@@ -521,7 +523,6 @@ def test_nothing_is_recorded_on_a_cpu() -> None:
 
 def given_plans(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, layers: int = 3) -> list[Any]:
     """The plans under which layers with one mask choose; each answer is compared with sdpa's."""
-    layer = tiny_model("llama", "smart").model.layers[0].self_attn
     found: list[Plan] = []
 
     def kept(*arguments: Any, **more: Any) -> Any:
@@ -530,12 +531,21 @@ def given_plans(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch, layers: int
 
     with monkeypatch.context() as patch:
         patch.setattr("smartattn.integration._choice", kept)
-        for seed in range(layers):
+        for seed, layer in enumerate(attention_layers(layers)):
             torch.manual_seed(seed)
             states = [torch.randn(2, heads, 8, 8) for heads in (4, 2, 2)]
             expected = sdpa_attention_forward(layer, *states, mask)[0]
             assert_agree(smart_attention(layer, *states, mask)[0], expected)
     return found
+
+
+@functools.cache
+def attention_layers(count: int) -> list[Any]:
+    """Of one model."""
+    return [
+        layer.self_attn
+        for layer in tiny_model("llama", "smart", num_hidden_layers=count).model.layers
+    ]
 
 
 def own_mask() -> torch.Tensor:
@@ -545,16 +555,91 @@ def own_mask() -> torch.Tensor:
 
 
 def test_layers_share_the_plan_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one forward: the next one asks anew, whatever became of the mask."""
     mask = own_mask()
     plans = given_plans(mask, monkeypatch)
     assert len(set(map(id, plans))) == 1
-    # What is written into it counts, and so do quarantines.
-    mask[..., 6, 2] = False
     after = given_plans(mask, monkeypatch)
     assert len(set(map(id, after))) == 1
     assert after[0] is not plans[0]
-    base.end_quarantine()
-    assert given_plans(mask, monkeypatch)[0] is not after[0]
+
+
+@pytest.mark.parametrize("what", ["write", "quarantine", "model"])
+def test_layers_part_where_something_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = own_mask()
+    first, *others = attention_layers(3)
+    plans = []
+    for layer in (first, *others):
+        plans.append(shared_plans.plan_of_given(layer, mask, 2, 8, 8))
+        if layer is first and what == "write":
+            mask[..., 6, 2] = False
+        elif layer is first and what == "quarantine":
+            base.end_quarantine()
+        elif layer is first:
+            others[:] = tiny_model("llama", "smart", num_hidden_layers=2).model.layers
+            others[:] = [layer.self_attn for layer in others]
+            plans += [shared_plans.plan_of_given(layer, mask, 2, 8, 8) for layer in others]
+            break
+    assert plans[1] is not plans[0]
+    assert plans[2] is plans[1]
+
+
+#: Ways to fill a tensor anew that leave no trace in its version.
+UNSEEN = {
+    "data": lambda old, new: old.data.copy_(new),
+    "numpy": lambda old, new: np.copyto(old.numpy(), new.numpy()),
+    "dlpack": lambda old, new: torch.from_dlpack(old).copy_(new),
+    "another storage": lambda old, new: setattr(old, "data", new.clone()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("boolean", [False, True])
+@pytest.mark.parametrize("way", UNSEEN)
+def test_a_mask_that_is_filled_anew_unseen(way: str, boolean: bool, dtype: torch.dtype) -> None:
+    """A server's buffer: each forward gets the mask that is in it, as under sdpa."""
+    if boolean and way == "dlpack":
+        pytest.skip("torch exports no booleans")
+    first = torch.ones(3, 1, WIDTH, WIDTH, dtype=torch.bool).tril()
+    second = first.clone()
+    second[..., 6:, :6] = False
+    if not boolean:
+        low = torch.finfo(torch.float32).min
+        first, second = (torch.zeros(m.shape).masked_fill(~m, low) for m in (first, second))
+    model = tiny_model("llama", dtype=dtype)
+    buffer = first.clone()
+    version = buffer._version
+    before = run(model, "smart", input_ids=IDS, attention_mask=buffer)
+    UNSEEN[way](buffer, second)
+    assert buffer._version == version
+    after = run(model, "smart", input_ids=IDS, attention_mask=buffer)
+    expected = run(model, "sdpa", input_ids=IDS, attention_mask=second)
+    stale = float((before - expected).abs().max())
+    assert float((after - expected).abs().max()) < 0.1 * stale
+
+
+@pytest.mark.parametrize("way", ["data", "numpy", "inference"])
+def test_bounds_that_are_filled_anew_unseen(way: str) -> None:
+    """Without a mask a plan outlives its forward; the bounds of its sequences do not."""
+    layer = attention_layers(1)[0]
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
+    with torch.inference_mode(way == "inference"):
+        bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+        for middle in (5, 8):
+            if way == "inference":
+                bounds[1] = middle
+            else:
+                UNSEEN[way](bounds, torch.tensor([0, middle, 12], dtype=torch.int32))
+            alone = [
+                sdpa_attention_forward(layer, *part, None, is_causal=False)[0]
+                for part in zip(
+                    *(x.split((middle, 12 - middle), dim=2) for x in states), strict=True
+                )
+            ]
+            packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            actual = smart_attention(layer, *states, None, is_causal=False, **packed)[0]
+            assert_agree(actual, torch.cat(alone, dim=1))
 
 
 @pytest.mark.parametrize("why", ["inference", "large"])

@@ -113,6 +113,29 @@ _RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "no_rope_layers": [1, 0],
         },
     ),
+    # Every query sees the four keys that an indexer chooses.
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {
+            **{name: value for name, value in _DECODER.items() if name != "head_dim"},
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+        },
+    ),
     # Query and key of 12, value of 8 dimensions.
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",

@@ -121,19 +121,22 @@ def is_self_attention(module_class: Any) -> bool:
     return "hidden_states" in parameters and parameters.keys() <= _SELF_ATTENTION_PARAMETERS
 
 
-def packed_by_arguments(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
+def packed_by_arguments(module: torch.nn.Module, plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
     """The plan of a packed batch whose sequences the layer's arguments show."""
     if plan.is_packed or plan.pattern is Pattern.OTHER:
         return plan
     source = kwargs["cu_seq_lens_q"]
-    # The plan of a None mask outlives its forward, and a buffer may be filled anew for the next.
     written = 0 if source.is_inference() else source._version
     known = plan.packings.get(id(source))
+    # The plan of a None mask outlives its forward, and a buffer may be filled anew for the next,
+    # unseen by its version: a layer that asks again belongs to that one.
+    again = known is not None and plan.settings is None and id(module) in known[3]
     # The entry holds its tensor, so the id cannot be another tensor's by now.
-    if known is None or known[1] != written:
+    if known is None or known[1] != written or again:
         if len(plan.packings) >= _MOST_PACKINGS:
             plan.packings.clear()
-        known = plan.packings[id(source)] = (source, written, _packed_plan(plan, kwargs))
+        known = plan.packings[id(source)] = (source, written, _packed_plan(plan, kwargs), set())
+    known[3].add(id(module))
     return known[2]
 
 

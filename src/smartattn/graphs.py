@@ -1,6 +1,8 @@
-"""The static choice while a graph is made: Transformers' sdpa, or the model's own eager code.
+"""The static choice: Transformers' sdpa, or the model's own eager code, whatever the batch.
 
-A graph outlives the batch that it was made with, so that nothing of a batch may be in it.
+It is made where no value of a batch may be looked at: a graph outlives the batch that it was made
+with, and in a transform of ``torch.func`` tensors have no values. And with ``output_attentions``,
+under which Transformers says itself what it does.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .arguments import features_of, narrow
+from .choose import UnsupportedCallError
 from .layer_call import eager_function
 from .mask import PlanMask
 from .masking import additive
 from .modeling import made_for_sdpa
+
+#: What models hand over beside tensors and masks, and sdpa takes without a word.
+_NOT_OF_SDPA = ("s_aux", "softcap", "indices", "block_indices")
 
 
 def none_is_causal(module: torch.nn.Module) -> bool:
@@ -34,7 +40,7 @@ def as_sdpa_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.dense() if plan is None else plan.dense_mask()
 
 
-def compiled_attention(
+def static_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -45,7 +51,7 @@ def compiled_attention(
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The static choice while a graph is traced: Transformers' sdpa, or the model's eager code."""
+    """Transformers' sdpa, or the model's eager code if sdpa does not know all of the arguments."""
     indices, block_indices = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
     if indices is not None or block_indices is not None:
         mask = additive(mask, query.dtype)
@@ -81,5 +87,41 @@ def compiled_attention(
     mask = additive(mask, query.dtype)
     output, weights = eager(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output, weights
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Transformers' sdpa on a paged cache, which up to 5.23 it fills itself.
+
+    Raises:
+        UnsupportedCallError: for an argument that it would leave out.
+    """
+    left_out = [name for name in _NOT_OF_SDPA if kwargs.get(name) is not None]
+    if left_out:
+        raise UnsupportedCallError(
+            f"sdpa on a paged cache does not implement {', '.join(left_out)}; "
+            "load the model with attn_implementation='paged|eager' instead"
+        )
+    output, weights = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        as_sdpa_mask(mask),
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
     )
     return output, weights

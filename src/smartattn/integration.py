@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import faults
 from .arguments import (
@@ -32,14 +31,14 @@ from .call import Call, Runner
 from .choose import LATENCY, Chooser, Decision, UnsupportedCallError
 from .control import Settings, settings_for
 from .first_use import FirstUses
-from .graphs import as_sdpa_mask, compiled_attention, none_is_causal
+from .graphs import as_sdpa_mask, none_is_causal, paged_attention, static_attention
 from .layer_call import call_of, eager_function, needs_grad
 from .mask import PlanMask
 from .masking import is_causal_of, smart_mask
 from .plan import Pattern, Plan
 from .profiles import profile_for
 from .record import Trace
-from .shared_plans import capturing, plan_of_given, shared_plan
+from .shared_plans import capturing, plan_of_given, shared_plan, transformed
 
 logger = logging.getLogger("smartattn")
 
@@ -114,7 +113,7 @@ def smart_attention(
         smartattn.UnsupportedCallError: no backend implements an argument that changes the result.
     """
     if torch.compiler.is_compiling():
-        return compiled_attention(
+        return static_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     if capturing(query):
@@ -146,31 +145,26 @@ def smart_attention(
     if plan is not None and _PLAIN_ARGUMENTS.issuperset(kwargs):
         choice = plan.decisions.get(signature)
     if choice is None:
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return compiled_attention(
+        if isinstance(kwargs.get("cache"), PagedAttentionCache):
+            return paged_attention(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
             )
-        if kwargs.get("output_attentions") or isinstance(kwargs.get("cache"), PagedAttentionCache):
-            # Transformers' own warning, and its own handling of paged caches: since 5.24 layers
-            # handle them themselves.
-            output, weights = sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                as_sdpa_mask(attention_mask),
-                dropout=dropout,
-                scaling=scaling,
-                is_causal=is_causal,
-                **kwargs,
+        # With ``output_attentions`` for Transformers' own warning.
+        if (
+            torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or transformed()
+            or kwargs.get("output_attentions")
+        ):
+            mask = as_sdpa_mask(attention_mask)
+            return static_attention(
+                module, query, key, value, mask, dropout, scaling, is_causal, kwargs
             )
-            return output, weights
         packed = kwargs.get("cu_seq_lens_q") is not None
         if packed and type(attention_mask) is PlanMask:
             attention_mask.own_plan()
-        plan = _plan_of(query, key, attention_mask, is_causal)
+        plan = _plan_of(module, query, key, attention_mask, is_causal)
         if packed:
-            plan = packed_by_arguments(plan, kwargs)
+            plan = packed_by_arguments(module, plan, kwargs)
         if "indices" in kwargs or "block_indices" in kwargs:
             plan = narrowed(module, query, key, plan, kwargs)
         choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
@@ -235,7 +229,11 @@ def _choice(
 
 
 def _plan_of(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool | None
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
 ) -> Plan:
     """The plan that a mask carries, or one for a mask that carries none."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
@@ -257,7 +255,7 @@ def _plan_of(
     if mask.device != query.device:
         mask = mask.to(query.device)
     if settings is None:
-        return plan_of_given(mask, batch, q_len, kv_len)
+        return plan_of_given(module, mask, batch, q_len, kv_len)
     other = Plan(batch, q_len, kv_len, Pattern.OTHER, query.device, given=mask)
     other.settings = settings
     return other
@@ -328,7 +326,7 @@ def _captured_attention(
     """The choice while a CUDA graph is captured, whose replays find what it was captured with.
 
     Nothing of a plan may be in it, and nothing be built: without a mask a flash kernel may run;
-    everything else is :func:`compiled_attention`'s.
+    everything else is :func:`static_attention`'s.
     """
     query, key, value = as_under_autocast(query, key, value)
     if isinstance(mask, PlanMask):
@@ -368,4 +366,4 @@ def _captured_attention(
                 return run(query, key, value, {**kwargs, "module": module}), None
         # The form in which it ran before, if Transformers' sdpa did.
         mask, is_causal = None, causal
-    return compiled_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
+    return static_attention(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)

@@ -12,9 +12,9 @@ from transformers.utils.import_utils import is_tracing
 from .control import DEFAULT, SETTINGS, settings_for
 from .mask import PlanMask
 from .modeling import calls_attention_function, made_for_sdpa
-from .patterns import packed_despite_cache, recognise
+from .patterns import apart, packed_despite_cache, recognise
 from .plan import BoolArray, Pattern, Plan
-from .shared_plans import capturing_on, shared_plan
+from .shared_plans import capturing_on, shared_plan, transformed
 
 #: Tokens of a row up to which batches without padding share plans: forwards of longer ones do not
 #: feel the host.
@@ -63,7 +63,7 @@ def smart_mask(
         **kwargs,
     }
     where = torch.device(device)
-    if is_tracing(attention_mask) or where.type == "meta":
+    if is_tracing(attention_mask) or where.type == "meta" or transformed():
         # A graph of one model must not mix kinds of masks: here all are what sdpa gets, or what
         # eager attention gets, if the model's code does not know sdpa.
         if not made_for_sdpa(type(config)):
@@ -96,6 +96,11 @@ def smart_mask(
         )
         return mask
     if known.pattern is Pattern.OTHER:
+        starts = None
+        if attention_mask is None and q_length == kv_length > 1 and int(q_offset) == kv_offset:
+            starts = packed_despite_cache(batch_size, q_length)
+        if starts is not None:
+            arguments["mask_function"] = apart(mask_function, starts, where)
         mask = masks.sdpa_mask(
             **arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
         )

@@ -60,6 +60,8 @@ def recognise(mask_function: Callable[..., Any], last_position: int) -> Known:
     window: int | None = None
     packed_ids: torch.Tensor | None = None
     symmetric = False
+    # Whether positions are those in the position_ids, not the places of tokens.
+    remapped = False
     parts = [mask_function]
     while parts:
         part = parts.pop()
@@ -75,11 +77,12 @@ def recognise(mask_function: Callable[..., Any], last_position: int) -> Known:
         elif code in (_WINDOW, _SYMMETRIC_WINDOW) and window is None:
             window = _closure(part)["sliding_window"]
             symmetric = code is _SYMMETRIC_WINDOW
-        elif code is _CHUNKED and last_position <= _closure(part)["chunk_size"]:
+        elif code is _CHUNKED and not remapped and last_position <= _closure(part)["chunk_size"]:
             continue  # Everything lies in the first chunk.
         elif code is _PACKED and packed_ids is None:
             packed_ids = _closure(part)["packed_sequence_mask"]
         elif code is _REMAPPED:
+            remapped = True
             parts.append(_closure(part)["mask_function"])
         else:
             return _UNKNOWN
@@ -93,6 +96,39 @@ def recognise(mask_function: Callable[..., Any], last_position: int) -> Known:
 def _closure(function: Any) -> dict[str, Any]:
     cells = (cell.cell_contents for cell in function.__closure__)
     return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def counts_chunks(mask_function: Callable[..., Any]) -> bool:
+    """Whether a mask function cuts a row into chunks, and is made of Transformers' own alone."""
+    found = False
+    parts = [mask_function]
+    while parts:
+        part = parts.pop()
+        code = getattr(part, "__code__", None)
+        if code is _AND:
+            parts.extend(_closure(part)["mask_functions"])
+        elif code is _CHUNKED:
+            found = True
+        elif part not in (_CAUSAL, _BIDIRECTIONAL):
+            return False
+    return found
+
+
+def apart(
+    mask_function: Callable[..., Any], starts: BoolArray, device: torch.device
+) -> Callable[..., Any]:
+    """A mask function whose sequences do not see each other, as Transformers makes it.
+
+    Args:
+        starts: (batch, length), where sequences begin. What counts chunks counts them anew there,
+            if this version of Transformers does.
+    """
+    ids = torch.from_numpy(starts).cumsum(-1).to(device)
+    if _REMAPPED is not None and counts_chunks(mask_function):
+        places = torch.arange(starts.shape[1], device=device).expand(starts.shape)
+        begins = torch.where(torch.from_numpy(starts).to(device), places, 0).cummax(-1).values
+        mask_function = masks.remap_positions_for_packed_sequence(mask_function, places - begins)
+    return masks.and_masks(mask_function, masks.packed_sequence_mask_function(ids))
 
 
 def packed_despite_cache(batch: int, length: int) -> BoolArray | None:

@@ -140,7 +140,7 @@ class Plan:
         self.is_shared = False
         self.was_left = False
         #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
-        self.packings: dict[int, tuple[torch.Tensor, int, Plan]] = {}
+        self.packings: dict[int, tuple[torch.Tensor, int, Plan, set[int]]] = {}
         #: The plan of the same sequences with padding between them, which may have their bounds on
         #: the device already. It knows this one, and must not wait for the garbage collector.
         self.with_padding: weakref.ref[Plan] | None = None

@@ -24,9 +24,9 @@ _MOST = 256
 #: Elements of the largest mask whose plan is remembered: it keeps what is derived from the mask for
 #: as long as that lives.
 _MOST_KEPT = 1 << 22
-#: The plans of masks by their ids, and what tells whether they still hold. An attribute of a mask
-#: would be saved and copied with it.
-_given: dict[int, tuple[weakref.ref[torch.Tensor], Hashable, Plan]] = {}
+#: The plans of masks by their ids, what tells whether they still hold, and the layers that had
+#: them. An attribute of a mask would be saved and copied with it.
+_given: dict[int, tuple[weakref.ref[torch.Tensor], Hashable, Plan, set[int]]] = {}
 #: Says which kernels a user has put in the place of torch's own.
 _kernels = getattr(torch.nn.attention, "current_flash_attention_impl", None)
 
@@ -75,16 +75,31 @@ def _plan(
     return plan
 
 
-def plan_of_given(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
-    """The plan of a caller's own mask, made once for the layers of a forward."""
+def plan_of_given(
+    module: torch.nn.Module, mask: torch.Tensor, batch: int, q_len: int, kv_len: int
+) -> Plan:
+    """The plan of a caller's own mask, made once for the layers of a forward.
+
+    Args:
+        module: the layer that asks. One that asks again belongs to the next forward, for which the
+            mask may have been filled anew: NumPy's and other libraries' views, and ``.data``, leave
+            no trace in a tensor's version.
+    """
     # What is written into an inference tensor leaves no trace, and a bias that is learned gets its
     # gradient through the tensor itself.
     keeps = not (mask.is_inference() or mask.requires_grad) and mask.numel() <= _MOST_KEPT
     sizes = (batch, q_len, kv_len)
     if keeps:
-        stamp = (mask._version, changes(), id(profile_for(mask.device)), sizes)
+        config = id(getattr(module, "config", None))
+        stamp = (mask._version, changes(), id(profile_for(mask.device)), sizes, config)
         kept = _given.get(id(mask))
-        if kept is not None and kept[0]() is mask and kept[1] == stamp:
+        if (
+            kept is not None
+            and kept[0]() is mask
+            and kept[1] == stamp
+            and id(module) not in kept[3]
+        ):
+            kept[3].add(id(module))
             return kept[2]
         # Another tensor of the same memory: the plan must not keep the mask.
         given = mask.detach()
@@ -93,7 +108,7 @@ def plan_of_given(mask: torch.Tensor, batch: int, q_len: int, kv_len: int) -> Pl
     plan = Plan(*sizes, Pattern.OTHER, mask.device, given=given)
     if keeps:
         reference = weakref.ref(mask, functools.partial(_forget, id(mask)))
-        _given[id(mask)] = (reference, stamp, plan)
+        _given[id(mask)] = (reference, stamp, plan, {id(module)})
     return plan
 
 
@@ -113,3 +128,8 @@ def capturing(states: torch.Tensor) -> bool:
 def capturing_on(device: torch.device) -> bool:
     """The same of a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, such as ``grad``: nothing can be read in it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

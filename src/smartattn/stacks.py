@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ _FINAL_NORMS = (
     "final_norm",
     "layer_norm",
 )
+#: Where a word begins in the name of a class.
+_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 #: Parts of layers that make packing inexact, by what their classes or attributes are called.
 _OBSTACLES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -136,7 +139,7 @@ _OBSTACLES: tuple[tuple[tuple[str, ...], str], ...] = (
         "a relative position bias is computed for padded positions",
     ),
     (
-        ("mamba", "ssm", "conv1d", "shortconv", "linearattention", "gateddeltanet", "recurrent"),
+        ("mamba", "_ssm", "conv1d", "shortconv", "linearattention", "gateddeltanet", "recurrent"),
         "state-space, recurrent and convolution layers mix neighbouring tokens",
     ),
 )
@@ -317,7 +320,10 @@ def _obstacle(model: PreTrainedModel, found: int) -> str:
     if getattr(model.config, "alibi", False) or model.config.model_type in ("bloom", "mpt"):
         return _OBSTACLES[0][1]
     for module in model.modules():
-        names = [type(module).__name__.lower(), *(name.lower() for name in module._modules)]
+        given = [type(module).__name__, *module._modules]
+        # In words as well: there is no "ssm" in a GptOssModel.
+        names = [name.lower() for name in given]
+        names += ["_" + _BOUNDARY.sub("_", name).lower() for name in given]
         for words, sentence in _OBSTACLES:
             if any(word in name for word in words for name in names):
                 return sentence
