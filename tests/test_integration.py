@@ -469,6 +469,17 @@ def test_output_attentions_forgets_no_argument(name: str, padding: str | None) -
     assert_differ(run(without, "eager", **inputs), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_output_attentions_sees_the_bounds_of_sequences(name: str) -> None:
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    inputs = {"input_ids": token_ids(1, 12), "position_ids": torch.arange(12)[None]}
+    model = tiny_model(name)
+    expected = run(model, "smart", **inputs, **packed)
+    assert_agree(run(model, "smart", **inputs, **packed, output_attentions=True), expected)
+    assert_differ(run(model, "smart", **inputs), expected)
+
+
 def test_output_attentions_in_the_configuration_is_refused_like_sdpas(checkpoint: Path) -> None:
     messages = {}
     for implementation in ("sdpa", "smart"):

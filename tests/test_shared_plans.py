@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,14 +29,16 @@ from smartattn.choose import Chooser, Decision, UnsupportedCallError, Verdict
 from smartattn.control import DEFAULT
 from smartattn.first_use import FirstUses
 from smartattn.integration import _Choice, _choice, smart_attention
+from smartattn.integration import _choose as choose
 from smartattn.mask import PlanMask
 from smartattn.masking import is_causal_of, smart_mask
 from smartattn.plan import Pattern, Plan
-from smartattn.shared_plans import shared_plan
+from smartattn.shared_plans import Askers, shared_plan
 
 from .agreement import CACHE, MASKS, WIDTH, assert_agree, run
 from .tiny_models import tiny_model, token_ids
 
+add_asker = Askers.add
 IDS = token_ids(3, WIDTH)
 ONES = torch.ones_like(IDS)
 CPU = torch.device("cpu")
@@ -548,6 +551,15 @@ def attention_layers(count: int) -> list[Any]:
     ]
 
 
+def another_model(layers: list[Any]) -> list[Any]:
+    """The same layers with another configuration."""
+    config = copy.copy(layers[0].config)
+    other = [copy.copy(layer) for layer in layers]
+    for layer in other:
+        layer.config = config
+    return other
+
+
 def own_mask() -> torch.Tensor:
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
     mask[..., 5, 1] = False
@@ -564,24 +576,108 @@ def test_layers_share_the_plan_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> Non
     assert after[0] is not plans[0]
 
 
-@pytest.mark.parametrize("what", ["write", "quarantine", "model"])
-def test_layers_part_where_something_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["write", "quarantine"])
+def test_layers_part_where_something_changed(what: str) -> None:
     mask = own_mask()
-    first, *others = attention_layers(3)
     plans = []
-    for layer in (first, *others):
-        plans.append(shared_plans.plan_of_given(layer, mask, 2, 8, 8))
-        if layer is first and what == "write":
+    for count, layer in enumerate(attention_layers(3)):
+        if count == 1 and what == "write":
             mask[..., 6, 2] = False
-        elif layer is first and what == "quarantine":
+        elif count == 1:
             base.end_quarantine()
-        elif layer is first:
-            others[:] = tiny_model("llama", "smart", num_hidden_layers=2).model.layers
-            others[:] = [layer.self_attn for layer in others]
-            plans += [shared_plans.plan_of_given(layer, mask, 2, 8, 8) for layer in others]
-            break
+        plans.append(shared_plans.plan_of_given(layer, mask, 2, 8, 8))
     assert plans[1] is not plans[0]
     assert plans[2] is plans[1]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own configuration", "one configuration"])
+def test_two_models_with_one_mask(shared: bool) -> None:
+    """The second one's forward may come long after that of the first."""
+    mask = own_mask()
+    one = attention_layers(2)
+    other = another_model(one) if not shared else [copy.copy(layer) for layer in one]
+    plans = [shared_plans.plan_of_given(layer, mask, 2, 8, 8) for layer in (*one, *other)]
+    assert plans[0] is plans[1]
+    assert plans[1] is not plans[2]
+    assert plans[2] is plans[3]
+
+
+def test_towers_in_turn_with_one_mask() -> None:
+    """Layers of two configurations run one after the other, each with the plan of its own."""
+    mask = own_mask()
+    one = attention_layers(2)
+    other = another_model(one)
+    in_turn = (one[0], other[0], one[1], other[1])
+    plans = [shared_plans.plan_of_given(layer, mask, 2, 8, 8) for layer in in_turn]
+    assert plans[0] is plans[2]
+    assert plans[1] is plans[3]
+
+
+def test_a_forward_that_skips_its_first_layer() -> None:
+    mask = own_mask()
+    layers = attention_layers(3)
+    plans = [shared_plans.plan_of_given(layer, mask, 2, 8, 8) for layer in (*layers[1:], *layers)]
+    assert len(set(map(id, plans[:2]))) == len(set(map(id, plans[2:]))) == 1
+    assert plans[0] is not plans[2]
+
+
+def test_what_was_chosen_for_a_mask_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next forward reads the mask anew, and chooses nothing; unless a kernel failed."""
+    mask = own_mask()
+    counted = []
+    monkeypatch.setattr(
+        "smartattn.integration._choose", lambda *args: counted.append(1) or choose(*args)
+    )
+    for _ in range(3):
+        given_plans(mask, monkeypatch)
+    assert len(counted) == 1
+    (kept,) = (entry[2] for entry in shared_plans._given.values() if entry[0]() is mask)
+    kept.forget_choices()
+    given_plans(mask, monkeypatch)
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("what", ["mask", "bounds"])
+def test_checkpointed_layers_run_as_they_ran(
+    what: str, use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read or chosen in the backward, and the next forward begins behind it."""
+    counted = []
+    monkeypatch.setattr(
+        "smartattn.integration._choose", lambda *args: counted.append(1) or choose(*args)
+    )
+    layers = attention_layers(3)
+    mask = own_mask()[:1] if what == "mask" else None
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    more = {"cu_seq_lens_q": bounds} if what == "bounds" else {}
+    asked = []
+    monkeypatch.setattr(
+        Askers, "add", lambda self, module: asked.append(add_asker(self, module)) or asked[-1]
+    )
+
+    def attend(layer: Any, states: torch.Tensor) -> torch.Tensor:
+        heads = states.view(1, 8, 4, 8).transpose(1, 2)
+        output = smart_attention(layer, heads, heads[:, :2], heads[:, :2], mask, **more)[0]
+        return output.reshape(1, 8, 32)
+
+    for _ in range(2):
+        counted.clear()
+        asked.clear()
+        states = torch.randn(1, 8, 32, requires_grad=True)
+        output = states
+        for count, layer in enumerate(layers):
+            if count == 0:
+                output = attend(layer, output)
+            else:
+                output = checkpoint(attend, layer, output, use_reentrant=use_reentrant)
+        forward = len(counted), len(asked)
+        output.sum().backward()
+        assert len(asked) > forward[1]
+        assert not any(asked[forward[1] :])
+        assert len(counted) == forward[0]
+    # The second forward was noticed, in its first layer.
+    assert asked[: forward[1]] == [True] + [False] * (forward[1] - 1)
 
 
 #: Ways to fill a tensor anew that leave no trace in its version.
@@ -616,6 +712,24 @@ def test_a_mask_that_is_filled_anew_unseen(way: str, boolean: bool, dtype: torch
     expected = run(model, "sdpa", input_ids=IDS, attention_mask=second)
     stale = float((before - expected).abs().max())
     assert float((after - expected).abs().max()) < 0.1 * stale
+
+
+def test_bounds_of_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask they share a plan, but not what its sequences are taken for."""
+    (one,) = attention_layers(1)
+    (other,) = another_model([one])
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    answers = []
+    for layer, middle in ((one, 5), (other, 8)):
+        bounds.numpy()[1] = middle
+        packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        answers.append(smart_attention(layer, *states, None, is_causal=False, **packed)[0])
+        fresh = {name: one.clone() for name, one in packed.items()}
+        expected = smart_attention(layer, *states, None, is_causal=False, **fresh)[0]
+        assert_agree(answers[-1], expected)
+    assert not torch.allclose(*answers)
 
 
 @pytest.mark.parametrize("way", ["data", "numpy", "inference"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from .choose import UnsupportedCallError
 from .masking import lowest
 from .plan import Pattern, Plan
+from .shared_plans import Askers
 
 #: Arguments that do not change what attention computes, or that the mask already says.
 NEUTRAL_ARGUMENTS = frozenset(
@@ -127,20 +129,37 @@ def packed_by_arguments(module: torch.nn.Module, plan: Plan, kwargs: Mapping[str
         return plan
     source = kwargs["cu_seq_lens_q"]
     written = 0 if source.is_inference() else source._version
-    known = plan.packings.get(id(source))
-    # The plan of a None mask outlives its forward, and a buffer may be filled anew for the next,
-    # unseen by its version: a layer that asks again belongs to that one.
-    again = known is not None and plan.settings is None and id(module) in known[3]
-    # The entry holds its tensor, so the id cannot be another tensor's by now.
-    if known is None or known[1] != written or again:
+    key = id(source), id(getattr(module, "config", None))
+    known: _Packing | None = plan.packings.get(key)
+    # The plan of a None mask outlives its forward. An entry holds its tensor, so that the id cannot
+    # be another tensor's by now.
+    anew = known is not None and plan.settings is None and known.askers.add(module)
+    if known is None or known.written != written or anew:
+        bounds = source.detach().to("cpu", copy=True)
+        if known is not None and torch.equal(known.bounds, bounds):
+            known.written = written
+            return known.plan
         if len(plan.packings) >= _MOST_PACKINGS:
             plan.packings.clear()
-        known = plan.packings[id(source)] = (source, written, _packed_plan(plan, kwargs), set())
-    known[3].add(id(module))
-    return known[2]
+        known = _Packing(source, written, bounds, _packed_plan(plan, bounds, kwargs))
+        known.askers.add(module)
+        plan.packings[key] = known
+    return known.plan
 
 
-def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
+@dataclass(slots=True)
+class _Packing:
+    """The plan of a packed batch, and what it was made from."""
+
+    source: torch.Tensor
+    written: int
+    #: What was in it, on the host.
+    bounds: torch.Tensor
+    plan: Plan
+    askers: Askers = field(default_factory=Askers)
+
+
+def _packed_plan(plan: Plan, bounds: torch.Tensor, kwargs: Mapping[str, Any]) -> Plan:
     source, of_keys = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
     total = plan.batch * plan.q_len
     if plan.q_len != plan.kv_len or plan.is_padded:
@@ -148,7 +167,6 @@ def _packed_plan(plan: Plan, kwargs: Mapping[str, Any]) -> Plan:
             "cu_seq_lens_q describes a batch without padding and without earlier tokens, "
             f"given {plan.q_len} queries, {plan.kv_len} keys and {plan.padding.value} padding"
         )
-    bounds = source.cpu()
     if of_keys is not None and of_keys is not source and not torch.equal(bounds, of_keys.cpu()):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k of self-attention must be equal")
     if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != total:

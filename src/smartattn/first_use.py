@@ -205,5 +205,5 @@ class _Waiting:
         for rent in self._rents:
             built = rent.pay() or built
         if built and self._plan is not None and (plan := self._plan()) is not None:
-            plan.decisions.clear()
+            plan.forget_choices()
         return self._now(query, key, value, arguments)

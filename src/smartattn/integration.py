@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -107,10 +107,12 @@ def smart_attention(
             :func:`smart_mask` never says causal by None, so that such a mask is a model's own.
 
     Returns:
-        (batch, q_len, heads, value_head_dim) and None: attention weights are never computed.
+        (batch, q_len, heads, value_head_dim) and None: attention weights are computed only with
+        ``output_attentions`` and an argument that the model's own eager code alone knows.
 
     Raises:
         smartattn.UnsupportedCallError: no backend implements an argument that changes the result.
+        NotImplementedError: likewise, where the choice is static.
     """
     if torch.compiler.is_compiling():
         return static_attention(
@@ -149,22 +151,27 @@ def smart_attention(
             return paged_attention(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
             )
-        # With ``output_attentions`` for Transformers' own warning.
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        weights = bool(kwargs.get("output_attentions"))
         if (
             torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or transformed()
-            or kwargs.get("output_attentions")
+            or (weights and not packed)
         ):
             mask = as_sdpa_mask(attention_mask)
             return static_attention(
                 module, query, key, value, mask, dropout, scaling, is_causal, kwargs
             )
-        packed = kwargs.get("cu_seq_lens_q") is not None
         if packed and type(attention_mask) is PlanMask:
             attention_mask.own_plan()
         plan = _plan_of(module, query, key, attention_mask, is_causal)
         if packed:
             plan = packed_by_arguments(module, plan, kwargs)
+            if weights:
+                mask = plan.dense_mask()
+                return static_attention(
+                    module, query, key, value, mask, dropout, scaling, is_causal, kwargs
+                )
         if "indices" in kwargs or "block_indices" in kwargs:
             plan = narrowed(module, query, key, plan, kwargs)
         choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
@@ -185,7 +192,7 @@ def smart_attention(
             if not faults.may_repeat(error, choice.decision.backend, plan, choice.call):
                 faults.annotate(error, choice.decision, plan, choice.call)
                 raise
-            plan.decisions.clear()
+            plan.forget_choices()
             choice = _choice(module, query, key, value, plan, signature, dropout, scaling, kwargs)
 
 
@@ -222,10 +229,23 @@ def _choice(
         if len(plan.decisions) >= _MAX_CHOICES:
             # The plan of a None mask outlives its forward, and with it what callers have set.
             plan.decisions.clear()
-        choice = plan.decisions[place] = _choose(
+        choice = _bound_again(plan, place) or _choose(
             module, query, key, value, plan, dropout, scaling, features, kwargs, settings
         )
+        plan.decisions[place] = choice
     return choice
+
+
+def _bound_again(plan: Plan, place: Hashable) -> _Choice | None:
+    """What was chosen for the mask's earlier contents, bound to the present ones."""
+    chosen: _Choice | None = plan.chosen.get(place)
+    if chosen is None:
+        return None
+    try:
+        run = chosen.decision.backend.bind(plan, chosen.call)
+    except Exception:
+        return None  # It is chosen anew, where errors are seen to.
+    return replace(chosen, run=run)
 
 
 def _plan_of(

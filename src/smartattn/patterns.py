@@ -119,15 +119,16 @@ def apart(
 ) -> Callable[..., Any]:
     """A mask function whose sequences do not see each other, as Transformers makes it.
 
+    To be called by what the maker of a mask calls.
+
     Args:
-        starts: (batch, length), where sequences begin. What counts chunks counts them anew there,
-            if this version of Transformers does.
+        starts: (batch, length), where sequences begin. Chunks are counted by the position_ids, if
+            this version of Transformers does so.
     """
     ids = torch.from_numpy(starts).cumsum(-1).to(device)
     if _REMAPPED is not None and counts_chunks(mask_function):
-        places = torch.arange(starts.shape[1], device=device).expand(starts.shape)
-        begins = torch.where(torch.from_numpy(starts).to(device), places, 0).cummax(-1).values
-        mask_function = masks.remap_positions_for_packed_sequence(mask_function, places - begins)
+        positions = sys._getframe(2).f_locals["position_ids"].to(device).expand(starts.shape)
+        mask_function = masks.remap_positions_for_packed_sequence(mask_function, positions)
     return masks.and_masks(mask_function, masks.packed_sequence_mask_function(ids))
 
 

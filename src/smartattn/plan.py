@@ -139,8 +139,10 @@ class Plan:
         #: to go on with a copy of its own.
         self.is_shared = False
         self.was_left = False
-        #: Plans of packed batches by the tensor that shows the sequences, see ``integration``.
-        self.packings: dict[int, tuple[torch.Tensor, int, Plan, set[int]]] = {}
+        #: What was chosen under an earlier plan of the same mask, without what it was bound to.
+        self.chosen: dict[Any, Any] = {}
+        #: Plans of packed batches by what shows the sequences, see ``arguments``.
+        self.packings: dict[tuple[int, int], Any] = {}
         #: The plan of the same sequences with padding between them, which may have their bounds on
         #: the device already. It knows this one, and must not wait for the garbage collector.
         self.with_padding: weakref.ref[Plan] | None = None
@@ -352,8 +354,7 @@ class Plan:
             twin.__dict__.update(self.__dict__)
             twin.device = device
             twin._derived = self._without_tensors()
-            twin.decisions = {}
-            twin.packings = {}
+            twin.decisions, twin.chosen, twin.packings = {}, {}, {}
             twin._given = _moved(self._given, device)
             twin._real_on_device = _moved(self._real_on_device, device)
             twin._twins = {}
@@ -375,9 +376,14 @@ class Plan:
         copy._derived = self._without_tensors()
         copy.is_shared = copy.was_left = False
         copy._twins, copy._origin = {}, None
-        copy.decisions, copy.packings = {}, {}
+        copy.decisions, copy.chosen, copy.packings = {}, {}, {}
         copy.stack = None
         return copy
+
+    def forget_choices(self) -> None:
+        """Has the next layer choose anew."""
+        self.decisions.clear()
+        self.chosen.clear()
 
     def _without_tensors(self) -> dict[Any, Any]:
         """Of what was derived, numbers alone."""
